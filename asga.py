@@ -102,8 +102,7 @@ class Fused:
     on = True
 
     def __init__(self, formula):
-        self.formula = formula
-        self.compiled = torch.compile(formula, dynamic=True)
+        self.formula, self.compiled = formula, None
 
     def __call__(self, *tensors):
         if not Fused.on or torch.is_grad_enabled() or torch.compiler.is_compiling():   # grad mode: double backward
@@ -121,6 +120,7 @@ class Fused:
             return t.as_strided(x.shape, x.stride())
 
         try:
+            self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
             out = self.compiled(*(flat(t) for t in tensors[:-4]), *(t.detach() for t in tensors[-4:]))
         except Exception as error:                                                    # whatever a toolchain can raise
             out = self.formula(*tensors)                                              # raises again if the input is at fault
@@ -133,12 +133,10 @@ class Fused:
 class FakeQuantize(torch.autograd.Function):
     """mix_forward and mix_backward as one differentiable function; only x is kept for the backward pass."""
 
-    forward_kernel, backward_kernel = None, None      # made at first use: importing this module compiles nothing
+    forward_kernel, backward_kernel = Fused(mix_forward), Fused(mix_backward)         # compiled at first use
 
     @staticmethod
     def forward(ctx, x, s, n, p, pi):
-        if FakeQuantize.forward_kernel is None:
-            FakeQuantize.forward_kernel, FakeQuantize.backward_kernel = Fused(mix_forward), Fused(mix_backward)
         ctx.save_for_backward(x, s, n, p, pi)
         return FakeQuantize.forward_kernel(x, s, n, p, pi)
 
@@ -150,7 +148,7 @@ class FakeQuantize(torch.autograd.Function):
 
 def check_bits(bits):
     """bits as a sorted tuple of distinct ints in 1…16; one int or several. Raises AsgaError."""
-    found = (bits,) if isinstance(bits, int) else tuple(bits)
+    found = tuple(bits) if isinstance(bits, (tuple, list, range)) else (bits,)
     for b in found:
         if isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= 16:
             raise AsgaError(f"bitwidth {b!r} is not possible: give whole numbers from 1 to 16")
@@ -162,19 +160,19 @@ def check_bits(bits):
 def mse_optimal_step(x, n, p):
     """The step s > 0 (0-dim tensor) that minimizes Σ (Q(x) − x)² over the sample x [N] for the integer range [n, p].
 
-    A logarithmic grid of clips finds the basin; alternating least squares (fix the levels, solve for s) refines it, and
-    cannot make it worse.
+    A logarithmic grid of clips finds the basin, a fine one its floor; alternating least squares (fix the levels, solve for
+    s) refines that, and cannot make it worse.
     """
     top = x.abs().max() / max(p, 1)
     if not 0 < top < math.inf:                                       # nothing to fit (all zero), or not a number
         return torch.full_like(top, 1 / max(p, 1))
-
-    def error(s, x):
-        return ((x / s).round().clamp(n, p) * s - x).square().sum(-1)
-
-    grid = top * torch.logspace(-2, 0, 48, dtype=x.dtype, device=x.device)                      # [48]
-    s = grid[error(grid[:, None], x[:: max(1, len(x) // 8192)]).argmin()]
-    for _ in range(12):
+    few = x[:: max(1, len(x) // 8192)]
+    s = top
+    for grid in (torch.logspace(-2, 0, 32), torch.linspace(0.86, 1.16, 49)):
+        steps = s * grid.to(x)                                                                              # [G]
+        levels = (few / steps[:, None]).round().clamp(n, p)                                                 # [G, N]
+        s = steps[(levels * steps[:, None] - few).square().sum(-1).argmin()]
+    for _ in range(4):
         levels = (x / s).round().clamp(n, p)
         s = torch.where(levels.square().sum() > 0, (x * levels).sum() / levels.square().sum(), s)
     return s.clamp_min(torch.finfo(s.dtype).tiny)
@@ -685,7 +683,10 @@ def knapsack(values, costs, limits, fill=FILL):
             say("the knapsack is too large to prove its optimum; the best policy found is used")
         return found
 
-    picks = (optimum(False) or optimum(True))[2]
+    found = optimum(False) or optimum(True)
+    if found is None:
+        raise AsgaError(f"budget {limits.tolist()} cannot be met: no policy keeps all of its bounds at once")
+    picks = found[2]
     chosen = [0] * len(order)
     for l, i in zip(order, picks):
         chosen[l] = i
@@ -755,7 +756,7 @@ class ASGA(torch.optim.Optimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state                          # shared, not copied
         self.rho_min, self.rho_max, self.alpha = rho_min, rho_max, alpha
         self.adaptive, self.project, self.direction = adaptive, project, direction
-        self.rho, self.last = torch.tensor(float(rho_max)), {}
+        self.rho, self.last = torch.tensor(rho_max, dtype=torch.float64), {}
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -1,0 +1,1347 @@
+"""What must hold of asga.py, against oracles that do not use it.
+
+    bash reproduce.sh test            or            python -m pytest test_asga.py
+
+With ASGA_DATA naming a folder that holds cifar10/ and tinyimagenet50/ (ImageFolder layout) the real-data tests run too.
+"""
+import copy
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import asga
+from asga import ASGA, AsgaError, Policy, Quantizer, quantize, search
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+settings.load_profile("ci")
+HERE = Path(__file__).resolve().parent
+DATA = os.environ.get("ASGA_DATA", "")
+real_data = pytest.mark.skipif(not (Path(DATA) / "cifar10" / "val").is_dir() or not DATA,
+                               reason="ASGA_DATA names no folder with cifar10/ and tinyimagenet50/")
+try:
+    torchvision = asga.import_torchvision()
+except AsgaError:
+    torchvision = None
+needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision is not installed")
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    """Tests run the plain formulas; the ones about the compiler switch it on."""
+    monkeypatch.setattr(asga.Fused, "on", False)
+    torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------------------------------- quantizer
+
+def levels(bits, signed):
+    return (-2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2 ** bits - 1)
+
+
+def quantizer(bits, signed, steps, dtype=torch.float64, **kw):
+    q = Quantizer(bits, signed, **kw).to(dtype)
+    with torch.no_grad():
+        q.steps.copy_(torch.as_tensor(steps, dtype=dtype).expand_as(q.steps))
+    return q
+
+
+def edge_cases(step, n, p):
+    """Zeros, ties at .5, values exactly on the clip bounds and just beside them, and far away."""
+    k = torch.arange(max(n, -20), min(p, 20) + 1, dtype=torch.float64)
+    bounds = torch.tensor([n, p, n - 0.5, p + 0.5, n - 1, p + 1, 1e3 * p + 7, 1e3 * n - 7], dtype=torch.float64)
+    return torch.cat([k, k + 0.5, k + 0.25, bounds, torch.zeros(2), torch.tensor([-0.0])]) * step
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("step", [1.0, 2.0 ** -6, 2.0 ** 20, 2.0 ** -40])
+def test_forward_is_torch_fake_quantize_on_edge_cases(bits, signed, step):
+    n, p = levels(bits, signed)
+    x = edge_cases(step, n, p).float()
+    expected = torch.fake_quantize_per_tensor_affine(x, step, 0, n, p)
+    assert torch.equal(quantizer(bits, signed, step, torch.float32)(x), expected)
+    assert quantizer(bits, signed, step, torch.float32)(x[:1]).shape == (1,)
+
+
+@given(st.integers(1, 8), st.booleans(), st.floats(1e-3, 1e3), st.integers(0, 10 ** 6))
+def test_forward_is_torch_fake_quantize_on_random_tensors(bits, signed, step, seed):
+    n, p = levels(bits, signed)
+    x = torch.randn(257, generator=torch.Generator().manual_seed(seed)) * step * 2 ** bits
+    off_ties = ((x / step) % 1 - 0.5).abs() > 1e-4           # torch multiplies by 1/s: at a tie it may round the other way
+    expected = torch.fake_quantize_per_tensor_affine(x, step, 0, n, p)
+    torch.testing.assert_close(quantizer(bits, signed, step, torch.float32)(x)[off_ties], expected[off_ties],
+                               rtol=1e-6, atol=0)
+
+
+@given(st.integers(1, 16), st.booleans(), st.integers(-20, 20), st.integers(0, 10 ** 6))
+def test_idempotent_monotone_and_at_most_two_to_the_b_levels(bits, signed, exponent, seed):
+    x = torch.randn(500, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2.0 ** exponent * 2 ** bits
+    q = quantizer(bits, signed, 2.0 ** exponent)
+    y = q(x)
+    assert torch.equal(q(y), y)
+    assert (q(x.sort().values).diff() >= 0).all()
+    assert len(y.unique()) <= 2 ** bits
+
+
+def surrogate(x, s, bits, signed):
+    """Q, ∂Q/∂x, ∂Q/∂s of LSQ, element by element in plain Python (the gradient scale included)."""
+    n, p = levels(bits, signed)
+    q, dx, ds = [], [], []
+    for v in (x / s).tolist():
+        r = min(max(round(v), n), p)                                        # Python rounds ties to even, as torch does
+        q.append(r * s)
+        dx.append(1.0 if n <= v <= p else 0.0)
+        ds.append((n if v < n else p if v > p else r - v) / math.sqrt(x.numel() * max(p, 1)))
+    return (torch.tensor(t, dtype=torch.float64) for t in (q, dx, ds))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("step", [1.0, 0.37, 1e-9, 1e9])
+def test_one_candidate_is_lsq_with_the_declared_gradients(bits, signed, step):
+    n, p = levels(bits, signed)
+    x = edge_cases(step, n, p).requires_grad_()
+    q = quantizer(bits, signed, step)
+    g = torch.randn_like(x)
+    out = q(x)
+    out.backward(g)
+    expected, dx, ds = surrogate(x.detach(), step, bits, signed)
+    assert torch.equal(out, expected)
+    assert torch.equal(x.grad, g * dx)                                      # exactly 1 or 0, on the bounds too
+    torch.testing.assert_close(q.steps.grad, (g * ds).sum()[None], rtol=1e-10, atol=1e-12)
+
+
+@given(st.floats(2, 8), st.booleans(), st.integers(0, 10 ** 6))
+def test_interpolation_and_all_its_gradients(beta, signed, seed):
+    bits, generator = (2, 3, 5, 8), torch.Generator().manual_seed(seed)
+    steps = torch.rand(4, generator=generator, dtype=torch.float64) + 0.05
+    x = (torch.randn(60, generator=generator, dtype=torch.float64) * 3).requires_grad_()
+    q, g = quantizer(bits, signed, steps), torch.randn(60, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        q.beta.fill_(beta)
+    out = q(x)
+    out.backward(g)
+    lo = max(i for i in range(3) if bits[i] <= beta)
+    lam = (beta - bits[lo]) / (bits[lo + 1] - bits[lo])
+    (a, dxa, dsa), (b, dxb, dsb) = (surrogate(x.detach(), steps[i].item(), bits[i], signed) for i in (lo, lo + 1))
+    torch.testing.assert_close(out, (1 - lam) * a + lam * b)
+    torch.testing.assert_close(x.grad, g * ((1 - lam) * dxa + lam * dxb))
+    expected = torch.zeros(4, dtype=torch.float64)
+    expected[lo], expected[lo + 1] = (1 - lam) * (g * dsa).sum(), lam * (g * dsb).sum()
+    torch.testing.assert_close(q.steps.grad, expected)
+    torch.testing.assert_close(q.beta.grad, (g * (b - a)).sum() / (bits[lo + 1] - bits[lo]))
+    assert q.expected_bits().item() == pytest.approx(beta)
+
+
+def test_softmax_relaxation_and_the_gradient_of_its_logits():
+    bits, tau = (2, 4, 8), 0.7
+    steps = torch.tensor([0.9, 0.3, 0.05], dtype=torch.float64)
+    q = quantizer(bits, True, steps, relaxation="softmax", tau=tau)
+    z = torch.tensor([0.3, -0.4, 1.1], dtype=torch.float64)
+    with torch.no_grad():
+        q.logits.copy_(z)
+    x, g = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
+    out = q(x)
+    out.backward(g)
+    pi = (z / tau).exp() / (z / tau).exp().sum()
+    parts = [list(surrogate(x, s.item(), b, True)) for s, b in zip(steps, bits)]
+    torch.testing.assert_close(out, sum(w * part[0] for w, part in zip(pi, parts)))
+    dpi = torch.stack([(g * part[0]).sum() for part in parts])
+    torch.testing.assert_close(q.logits.grad, pi * (dpi - (pi * dpi).sum()) / tau)       # Jacobian of softmax by hand
+    torch.testing.assert_close(q.steps.grad, torch.stack([w * (g * part[2]).sum() for w, part in zip(pi, parts)]))
+    assert q.expected_bits().item() == pytest.approx((pi * torch.tensor([2.0, 4, 8])).sum().item())
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_beta_on_a_candidate_is_that_candidate_alone(k):
+    bits, steps = (2, 3, 5, 8), torch.tensor([1.0, 0.5, 0.2, 0.03])
+    q = quantizer(bits, True, steps, torch.float32)
+    with torch.no_grad():
+        q.beta.fill_(bits[k])
+    x = torch.randn(100)
+    assert torch.equal(q(x), quantizer(bits[k], True, steps[k], torch.float32)(x))
+    assert torch.equal(q(x), q.select(bits[k])(x))
+    with torch.no_grad():
+        q.beta.add_(100 if k == 3 else 0)                     # a perturbation may carry β beyond the range: it saturates
+    assert torch.equal(q(x), q.select(bits[k])(x))
+
+
+def test_a_step_at_or_below_zero_gives_no_nan():
+    for step in (0.0, -0.1):
+        q = quantizer((3, 4), True, step, torch.float32)
+        x = torch.randn(20, requires_grad=True)
+        q(x).sum().backward()
+        for t in (q(x), x.grad, q.steps.grad, q.beta.grad):
+            assert t.isfinite().all()
+
+
+def test_double_backward_runs_through_the_surrogate():
+    q, x = quantizer((2, 4), True, 0.4), torch.randn(30, dtype=torch.float64, requires_grad=True)
+    first = torch.autograd.grad(q(x).square().sum(), [x, q.steps], create_graph=True)
+    second = torch.autograd.grad(first[0].sum(), x, retain_graph=True)[0]
+    inside = [surrogate(x.detach(), 0.4, b, True) for b in (2, 4)]
+    masks = [list(part)[1] for part in inside]
+    lam = (q.beta.item() - 2) / 2
+    torch.testing.assert_close(second, 2 * ((1 - lam) * masks[0] + lam * masks[1]) ** 2)     # d/dx of 2 Q(x) dQ/dx
+
+
+def compilers():
+    import shutil
+    return shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX")
+
+
+@pytest.mark.skipif(not compilers(), reason="no C++ compiler")
+def test_compiled_equals_plain():
+    cases = [(torch.randn(8, 16, 9, 9), (2, 3, 4, 8)), (torch.randn(4, 8, 5, 7).to(memory_format=torch.channels_last), (2, 4)),
+             (torch.randn(300, 41), (4,)), (torch.randn(1), (4,)), (torch.zeros(33), (2, 3)),
+             (torch.randn(6, 5, 4).transpose(0, 2), (3, 5)), (torch.randn(9, 70, 80).bfloat16(), (2, 8)),
+             (torch.randn(64, 8, 12, 12, dtype=torch.float64), (3, 4))]
+    for x, bits in cases:
+        q = quantizer(bits, True, torch.rand(len(bits)) + 0.1, torch.float32)
+        g, found = torch.randn_like(x), []
+        for on in (False, True):
+            asga.Fused.on = on
+            q.zero_grad()
+            leaf = x.clone().requires_grad_()                 # clone keeps the memory layout
+            out = q(leaf)
+            out.backward(g)
+            assert asga.Fused.on is on, "the compiled formula failed and fell back"
+            grads = [p.grad for p in q.parameters()]
+            found.append([out, leaf.grad, *grads])
+        # bfloat16 outputs: one unit in the last place; sums over an axis: another order of summation
+        for plain, fast in zip(*found):
+            tight = dict(rtol=1e-2, atol=1e-2) if plain.dtype == torch.bfloat16 else dict(rtol=2e-4, atol=2e-5)
+            torch.testing.assert_close(fast, plain, **tight)
+        assert found[1][0].stride() == found[0][0].stride() or not x.is_contiguous()
+
+
+def test_no_compiler_costs_one_line_and_no_result(monkeypatch, capsys):
+    def broken(formula, **kw):
+        def run(*args):
+            raise RuntimeError("no compiler")
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(asga.FakeQuantize, "forward_kernel", asga.Fused(asga.mix_forward))
+    asga.Fused.on = True
+    q, x = quantizer((2, 4), True, 0.3, torch.float32), torch.randn(50)
+    first = q(x)
+    assert not asga.Fused.on and torch.equal(q(x), first)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("make", [lambda: torch.randn(4000), lambda: torch.randn(4000).relu(),
+                                  lambda: torch.cat([torch.randn(4000), torch.tensor([60.0])])])
+def test_calibration_finds_the_mse_optimal_step(bits, make):
+    x = make()
+    q = Quantizer(bits)
+    q.calibrate(x)
+    signed = bool((x < 0).any())
+    n, p = levels(bits, signed)
+    error = lambda s: ((x / s).round().clamp(n, p) * s - x).square().sum().item()
+    best = min(error(s) for s in torch.linspace(1e-4, 1, 4000) * x.abs().max() / max(p, 1))
+    assert error(q.steps.item()) <= best * 1.05
+    assert (q.grid[1] < 0).all() == signed                    # unsigned where calibration saw nothing negative
+
+
+def test_calibration_of_constant_and_empty_ranges():
+    for x in (torch.zeros(10), torch.full((1,), 5.0), torch.full((7,), -3.0)):
+        q = Quantizer((2, 8))
+        q.calibrate(x)
+        assert (q.steps > 0).all() and q.steps.isfinite().all()
+        torch.testing.assert_close(q(x), x, rtol=0.05, atol=0)
+    q = quantizer(3, True, 0.25, torch.float32)
+    q(torch.randn(10))
+    assert q.steps.item() == 0.25                             # steps that were given are never calibrated away
+
+
+@pytest.mark.parametrize("bits", [0, 17, -1, 2.5, True, (), (2, 2), (4, 99), "4"])
+def test_impossible_bits_are_refused(bits):
+    with pytest.raises(AsgaError):
+        Quantizer(bits, True)
+
+
+# ----------------------------------------------------------------------------------------------------------- supernet
+
+class SamePadConv(nn.Conv2d):
+    """Pads by hand and standardizes its weights, as networks in the wild do."""
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), w / (w.std((1, 2, 3), keepdim=True) + 1e-5), self.bias, self.stride,
+                        self.padding, self.dilation, self.groups)
+
+
+class Handmade(nn.Module):
+    def __init__(self, num_classes=7):
+        super().__init__()
+        self.head = nn.Linear(24, num_classes)               # registered first, called last
+        self.stem = SamePadConv(3, 12, 3, stride=2)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12, bias=False)
+        self.grouped = nn.Conv2d(12, 24, (3, 1), groups=3, padding_mode="reflect", padding=(1, 0))
+        self.bn = nn.BatchNorm2d(12)
+        self.again = nn.Conv2d(24, 24, 1)                    # called twice
+        self.unused = nn.Linear(5, 5)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.depthwise(self.stem(x))))
+        x = self.again(F.relu(self.again(self.grouped(x))))
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+def networks():
+    found = [("resnet20", lambda: asga.ResNet20(10), 32), ("handmade", Handmade, 24)]
+    if torchvision:
+        found += [(name, lambda name=name: asga.build(name, 10), 64) for name in ("resnet18", "mobilenet_v2")]
+    return found
+
+
+@pytest.mark.parametrize("name,make,side", networks(), ids=[n[0] for n in networks()])
+def test_with_quantizers_off_the_network_is_the_original_bit_for_bit(name, make, side):
+    model, x = make(), torch.randn(4, 3, side, side)
+    before = copy.deepcopy(model.state_dict())
+    net = quantize(model, (2, 4, 8), example_inputs=x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())       # the argument stays as it was
+    assert type(model) is type(net) and not asga.quantized_layers(model)
+    assert set(before) <= set(net.state_dict())
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    net.eval(), model.eval()
+    assert not torch.equal(net(x), model(x))                                           # they are on
+    asga.set_quantizers(net, False)
+    for train in (False, True):
+        net.train(train), model.train(train)
+        torch.manual_seed(1)
+        a = model(x)
+        torch.manual_seed(1)
+        assert torch.equal(a, net(x))
+    net.load_state_dict(net.state_dict())
+    pickle.loads(pickle.dumps(net)).load_state_dict(net.state_dict())
+    assert torch.equal(copy.deepcopy(net).eval()(x), model.eval()(x))
+
+
+def test_what_is_quantized_is_what_the_convolution_multiplies():
+    conv, x = SamePadConv(3, 8, 3), torch.randn(2, 3, 9, 9)
+    net = quantize(nn.Sequential(conv), 3, keep=None, example_inputs=x)
+    layer = net[0]
+    w = conv.weight - conv.weight.mean((1, 2, 3), keepdim=True)
+    w = w / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+    lsq = lambda t, q: torch.fake_quantize_per_tensor_affine(t, q.steps.item(), 0, -4, 3)
+    expected = F.conv2d(lsq(F.pad(x, (0, 1, 0, 1)), layer.input_quantizer), lsq(w, layer.weight_quantizer), conv.bias)
+    torch.testing.assert_close(net(x), expected)
+    assert len(lsq(w, layer.weight_quantizer).unique()) <= 8
+
+
+def test_a_layer_inside_a_layer_is_quantized_once():
+    class Outer(nn.Conv2d):
+        def __init__(self):
+            super().__init__(4, 4, 1, bias=False)
+            self.inner = nn.Conv2d(4, 4, 1, bias=False)
+
+        def forward(self, x):
+            return F.conv2d(self.inner(x), self.weight)
+
+    model, x = nn.Sequential(Outer()), torch.randn(2, 4, 5, 5)
+    net = quantize(model, 4, keep=None, example_inputs=x)
+    calls = []
+    for layer in asga.quantized_layers(net).values():
+        layer.weight_quantizer.register_forward_hook(lambda q, a, o: calls.append(q))
+    net(x)
+    assert len(calls) == len(set(calls)) == 2
+
+
+def test_edge_layers_keep_and_unreached_layers():
+    x = torch.randn(2, 3, 24, 24)
+    bits = lambda net: {n: (l.weight_quantizer.bits, l.input_quantizer.bits) for n, l in asga.quantized_layers(net).items()}
+    found = bits(quantize(Handmade(), (2, 4), example_inputs=x))
+    assert found["stem"] == found["head"] == ((8,), (8,)) and found["grouped"] == ((2, 4), (2, 4))
+    assert "unused" not in found                             # in full precision: no forward pass multiplies with it
+    assert bits(quantize(Handmade(), {"w": (2, 3), "a": 5}, keep=None))["head"] == ((2, 3), (5,))
+    assert bits(quantize(Handmade(), 3, keep={"again": 6}))["again"] == ((6,), (6,))
+    with pytest.raises(AsgaError, match="nothing"):
+        quantize(nn.ReLU(), 4)
+    with pytest.raises(AsgaError, match="conv9"):
+        quantize(Handmade(), 4, keep=["conv9"])
+
+
+def test_eval_changes_nothing_and_modes_survive():
+    net = quantize(asga.ResNet20(), (2, 4, 8), example_inputs=torch.randn(8, 3, 32, 32))
+    net.layer1.eval()
+    asga.calibrate(net, [torch.randn(2, 3, 32, 32)])
+    assert net.training and not net.layer1.training and net.layer2.training
+    part = asga.ImageSet(torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8), [0] * 20, 32)
+    before = copy.deepcopy(net.state_dict())
+    asga.evaluate(net, part, 32, torch.device("cpu"))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_without_example_inputs_the_first_batch_calibrates():
+    net, x = quantize(Handmade(), 4), torch.randn(8, 3, 24, 24)
+    assert net.grouped.input_quantizer.steps.isnan().all()
+    out = net(x)
+    assert out.isfinite().all() and net.grouped.input_quantizer.steps.isfinite().all()
+    steps = net.grouped.input_quantizer.steps.clone()
+    net(x * 100)
+    assert torch.equal(steps, net.grouped.input_quantizer.steps)
+
+
+def test_a_supernet_quantized_with_a_policy_keeps_its_learned_steps():
+    model, x = Handmade(), torch.randn(4, 3, 24, 24)
+    net = quantize(model, (2, 4), example_inputs=x)
+    with torch.no_grad():
+        net.grouped.weight_quantizer.steps.copy_(torch.tensor([0.5, 0.125]))
+    layers = {name: (8, 8) if name in ("stem", "head") else (4, 2) for name in asga.quantized_layers(net)}
+    fixed = quantize(net, Policy(layers), example_inputs=x)
+    assert fixed.grouped.weight_quantizer.bits == (4,) and fixed.grouped.weight_quantizer.steps.item() == 0.125
+    assert net.grouped.weight_quantizer.bits == (2, 4)
+    with pytest.raises(AsgaError):
+        quantize(net, 4)
+
+
+# ---------------------------------------------------------------------------------------------------- ASGA optimizer
+
+def quadratic(n=6, seed=0):
+    """L = ½ θᵀAθ + bᵀθ in float64, A symmetric positive definite."""
+    g = torch.Generator().manual_seed(seed)
+    m = torch.randn(n, n, generator=g, dtype=torch.float64)
+    return m @ m.T / n + 0.1 * torch.eye(n), torch.randn(n, generator=g, dtype=torch.float64), \
+        torch.randn(n, generator=g, dtype=torch.float64)
+
+
+def closure_of(optimizer, loss):
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+    return closure
+
+
+def small_net(seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8 * 36, 5))
+    return net, torch.randn(16, 3, 8, 8), torch.randint(5, (16,))
+
+
+BASES = {"sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
+         "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1)}
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("base", BASES)
+def test_no_radius_and_no_alignment_is_the_base_optimizer_bit_for_bit(base, steps):
+    results = []
+    for wrapped in (False, True):
+        net, x, y = small_net()
+        optimizer = BASES[base](net.parameters())
+        if wrapped:
+            optimizer = ASGA(net.parameters(), optimizer, rho_min=0.0, rho_max=0.0, alpha=0.0)
+        torch.manual_seed(3)
+        for _ in range(steps):
+            optimizer.step(closure_of(optimizer, lambda: F.cross_entropy(net(x), y)))
+        results.append(net.state_dict())
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+@pytest.mark.parametrize("project,adaptive,rho,alpha", [(True, True, 0.3, 0.05), (False, False, 0.1, 0.0),
+                                                         (True, False, 4.0, 0.01), (True, True, 0.02, 0.5)])
+def test_two_steps_on_a_quadratic_equal_the_closed_form(project, adaptive, rho, alpha):
+    A, b, start = quadratic()
+    theta, lr, seen = nn.Parameter(start.clone()), 0.1, []
+    optimizer = ASGA([theta], torch.optim.SGD, lr=lr, rho_min=0.01, rho_max=rho, alpha=alpha, project=project, adaptive=adaptive)
+
+    def loss():
+        seen.append(theta.detach().clone())
+        return 0.5 * theta @ A @ theta + b @ theta
+
+    t, radius = start.clone(), rho
+    for _ in range(2):
+        seen.clear()
+        optimizer.step(closure_of(optimizer, loss))
+        L = lambda v: 0.5 * v @ A @ v + b @ v
+        g = A @ t + b
+        ascent = t + (radius / g.norm() - alpha) * g
+        gp = A @ ascent + b
+        h = (L(ascent) - L(t)).item()
+        conflict = (gp @ g).item() < 0
+        cos = (gp @ g / gp.norm() / g.norm()).item()
+        if project and conflict:
+            gp = gp - (gp @ g) / (g @ g) * g
+        torch.testing.assert_close(seen[0], t, rtol=1e-12, atol=0)
+        torch.testing.assert_close(seen[1], ascent, rtol=1e-12, atol=1e-14)
+        t = t - lr * (g + gp) / 2
+        torch.testing.assert_close(theta.detach(), t, rtol=1e-12, atol=1e-14)
+        last = optimizer.last
+        assert last["gap"].item() == pytest.approx(h) and last["rho"].item() == pytest.approx(radius)
+        assert last["grad_norm"].item() == pytest.approx(g.norm().item()) and last["cos"].item() == pytest.approx(cos)
+        assert bool(last["projected"]) == (project and conflict)
+        radius = min(max(math.log(1 + max(h, 0)), 0.01), rho) if adaptive else rho
+        assert optimizer.rho.item() == pytest.approx(radius)
+
+
+def test_its_switches_make_it_sam():
+    net, x, y = small_net()
+    other = copy.deepcopy(net)
+    rho = 0.05
+    asga_ = ASGA(net.parameters(), BASES["sgd"](net.parameters()), rho_min=0, rho_max=rho, alpha=0, adaptive=False,
+                 project=False, direction="perturbed")
+    plain = BASES["sgd"](other.parameters())
+    net.eval(), other.eval()                                                     # no dropout: SAM written out below
+    for _ in range(3):
+        asga_.step(closure_of(asga_, lambda: F.cross_entropy(net(x), y)))
+        closure_of(plain, lambda: F.cross_entropy(other(x), y))()
+        norm = sum(p.grad.square().sum() for p in other.parameters()).sqrt()
+        old = [p.detach().clone() for p in other.parameters()]
+        with torch.no_grad():
+            for p in other.parameters():
+                p.add_(p.grad * (rho / norm))
+        closure_of(plain, lambda: F.cross_entropy(other(x), y))()
+        with torch.no_grad():
+            for p, before in zip(other.parameters(), old):
+                p.copy_(before)
+        plain.step()
+    for p, q in zip(net.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def spy(net, x, y, optimizer, fail_in=None, forward=None):
+    """A closure that records parameters and BatchNorm before each pass, and raises in pass `fail_in`."""
+    seen = []
+
+    def closure():
+        seen.append([p.detach().clone() for p in net.parameters()])
+        optimizer.zero_grad()
+        if len(seen) == fail_in:
+            raise RuntimeError("closure failed")
+        loss = F.cross_entropy((forward or net)(x), y)
+        loss.backward()
+        return loss
+    return closure, seen
+
+
+@pytest.mark.parametrize("fail_in", [1, 2])
+def test_weights_are_restored_bit_for_bit_when_the_closure_raises(fail_in):
+    net, x, y = small_net()
+    optimizer = ASGA(net.parameters(), BASES["sgd"](net.parameters()), rho_min=0.1, rho_max=0.5, alpha=0.01)
+    before = copy.deepcopy(dict(net.named_parameters()))
+    closure, seen = spy(net, x, y, optimizer, fail_in)
+    with pytest.raises(RuntimeError, match="closure failed"):
+        optimizer.step(closure)
+    assert len(seen) == fail_in
+    assert fail_in == 1 or any(not torch.equal(a, b) for a, b in zip(*seen))         # it had been perturbed
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_weights_are_restored_bit_for_bit_before_the_step():
+    net, x, y = small_net()
+    optimizer = ASGA(net.parameters(), torch.optim.SGD, lr=0.0, rho_min=0.1, rho_max=0.5, alpha=0.01)
+    before = copy.deepcopy(dict(net.named_parameters()))
+    optimizer.step(closure_of(optimizer, lambda: F.cross_entropy(net(x), y)))
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("missing_in", [1, 2])
+def test_a_parameter_without_gradient_in_one_pass(missing_in):
+    a, b = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([3.0]))
+    never = nn.Parameter(torch.tensor([5.0]))
+    optimizer = ASGA([a, b, never], torch.optim.SGD, lr=0.5, rho_min=0.1, rho_max=0.1, alpha=0.0, project=False)
+    calls, seen_b = itertools.count(1), []
+
+    def closure():
+        optimizer.zero_grad()
+        seen_b.append(b.item())
+        loss = a.sum() if next(calls) == missing_in else a.sum() + 2 * b.sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert never.item() == 5.0 and never.grad is None
+    assert b.item() == pytest.approx(3.0 - 0.5 * (2 + 0) / 2)                        # zero where it had no part
+    assert torch.allclose(a, torch.tensor([0.5, 1.5]))
+    assert (seen_b[1] == 3.0) == (missing_in == 1)                                   # no gradient, no perturbation
+
+
+def test_zero_gradient_gives_no_nan():
+    for scale in (0.0, 1e-30, 1e-44):
+        w = nn.Parameter(torch.ones(3))
+        optimizer = ASGA([w], torch.optim.SGD, lr=0.1, rho_min=0.1, rho_max=2.0, alpha=0.01)
+        for _ in range(2):
+            optimizer.step(closure_of(optimizer, lambda: (scale * w).sum()))
+        assert torch.allclose(w, torch.ones(3)) and all(torch.isfinite(v.float()).all() for v in optimizer.last.values())
+
+
+class HandNorm(nn.Module):
+    """Running statistics by assignment, as in hand-written norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.updates = 0
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return x - self.mean
+
+
+def test_batchnorm_statistics_move_exactly_once_a_step():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), HandNorm(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    x, y = torch.randn(8, 3, 6, 6), torch.randint(5, (8,))
+    reference = copy.deepcopy(net)
+    reference(x)                                                                     # one training pass
+    optimizer = ASGA(net.parameters(), torch.optim.SGD, lr=0.1, rho_min=0.5, rho_max=0.5, alpha=0.01)
+    optimizer.step(closure_of(optimizer, lambda: F.cross_entropy(net(x), y)))
+    for (name, a), b in zip(net.named_buffers(), reference.buffers()):
+        assert torch.equal(a, b), name
+    assert net[1].num_batches_tracked == 1
+    net.eval()
+    before = copy.deepcopy(dict(net.named_buffers()))
+    optimizer.step(closure_of(optimizer, lambda: F.cross_entropy(net(x), y)))
+    assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
+
+
+def test_both_passes_see_the_same_dropout_draws():
+    net, masks = nn.Dropout(0.5), []
+    w = nn.Parameter(torch.ones(1000))
+    optimizer = ASGA([w], torch.optim.SGD, lr=0.1, rho_min=0.1, rho_max=0.1, alpha=0.0)
+
+    def loss():
+        out = net(w)
+        masks.append(out != 0)
+        return out.square().sum()
+
+    for _ in range(2):
+        optimizer.step(closure_of(optimizer, loss))
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[2], masks[3]) and not torch.equal(masks[0], masks[2])
+
+
+def test_opted_out_groups_are_not_perturbed():
+    for instance in (False, True):
+        a, b = nn.Parameter(torch.tensor([3.0])), nn.Parameter(torch.tensor([4.0]))
+        groups = [{"params": [a]}, {"params": [b], "perturb": False}]
+        base = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1) if instance else torch.optim.SGD
+        optimizer = ASGA(groups, base, rho_min=0.5, rho_max=0.5, alpha=0.0, **({} if instance else {"lr": 0.1}))
+        seen = []
+
+        def loss():
+            seen.append((a.item(), b.item()))
+            return (a ** 2 + b ** 2).sum()
+
+        optimizer.step(closure_of(optimizer, loss))
+        assert seen == [(3.0, 4.0), (3.5, 4.0)]             # the whole radius goes to a: ‖g‖ is over what is moved
+        assert a.item() == pytest.approx(3 - 0.1 * (6 + 7) / 2) and b.item() == pytest.approx(4 - 0.1 * 8)
+        assert optimizer.last["grad_norm"].item() == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_state_dict_round_trip_continues_identically(base, tmp_path):
+    def run(steps, load=None, save=None):
+        net, x, y = small_net()
+        optimizer = ASGA(net.parameters(), BASES[base](net.parameters()), rho_min=0.001, rho_max=0.2, alpha=0.01)
+        if load:
+            state = torch.load(load, weights_only=True)
+            net.load_state_dict(state["net"]), optimizer.load_state_dict(state["optimizer"])
+        for i in steps:
+            torch.manual_seed(i)
+            optimizer.step(closure_of(optimizer, lambda: F.cross_entropy(net(x), y)))
+        if save:
+            torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, save)
+        return net.state_dict()
+
+    whole = run(range(6))
+    run(range(3), save=tmp_path / "s.pt")
+    rest = run(range(3, 6), load=tmp_path / "s.pt")
+    assert all(torch.equal(whole[k], rest[k]) for k in whole)
+
+
+def test_schedulers_new_groups_and_bad_arguments():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = ASGA([a], torch.optim.SGD, lr=1.0, rho_min=0.1, rho_max=0.1, alpha=0.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+    optimizer.add_param_group({"params": [b]})
+    optimizer.step(closure_of(optimizer, lambda: (a + b).sum()))
+    scheduler.step()
+    assert optimizer.base.param_groups[0]["lr"] == pytest.approx(0.1) and torch.equal(b, torch.zeros(2))
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step()
+    for kw in (dict(rho_min=0.2, rho_max=0.1, alpha=0), dict(rho_min=-1, rho_max=0.1, alpha=0),
+               dict(rho_min=0, rho_max=math.nan, alpha=0), dict(rho_min=0, rho_max=0.1, alpha=-1)):
+        with pytest.raises(ValueError, match="rho"):
+            ASGA([a], torch.optim.SGD, lr=1.0, **kw)
+    with pytest.raises(ValueError, match="same"):
+        ASGA([a], torch.optim.SGD([b], lr=1.0), rho_min=0, rho_max=0.1, alpha=0)
+
+
+def test_the_optimizer_section_stands_alone(tmp_path):
+    source = (HERE / "asga.py").read_text()
+    section = re.search(r"# -+\n# ASGA optimizer.*?\n# -+\n(.*?)\n# -{50,}\n", source, re.S)[1]
+    script = "import torch\n" + section + """
+w = torch.nn.Parameter(torch.tensor([2.0]))
+o = ASGA([w], torch.optim.SGD, lr=0.5, rho_min=0.1, rho_max=0.1, alpha=0.0)
+def closure():
+    o.zero_grad(); loss = (w ** 2).sum(); loss.backward(); return loss
+o.step(closure)
+print(round(w.item(), 6))
+"""
+    (tmp_path / "alone.py").write_text(script)
+    out = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert out.stdout.strip() == str(round(2 - 0.5 * (4 + 4.2) / 2, 6)), out.stderr
+
+
+# ------------------------------------------------------------------------------------------------ alignment and radius
+
+@given(st.integers(0, 10 ** 6), st.floats(0.5, 50))
+def test_projection_removes_the_conflict_and_nothing_else(seed, rho):
+    """On indefinite quadratics with a large radius, g_p often opposes g; lr = 1 SGD shows the direction taken."""
+    gen = torch.Generator().manual_seed(seed)
+    m = torch.randn(5, 5, generator=gen, dtype=torch.float64)
+    A, start = (m + m.T) / 2, torch.randn(5, generator=gen, dtype=torch.float64)
+    theta = nn.Parameter(start.clone())
+    optimizer = ASGA([theta], torch.optim.SGD, lr=1.0, rho_min=rho, rho_max=rho, alpha=0.0, direction="perturbed")
+    optimizer.step(closure_of(optimizer, lambda: 0.5 * theta @ A @ theta))
+    taken = start - theta.detach()                                            # g_p after the projection
+    g = A @ start
+    assume(g.norm() > 1e-3)
+    gp = A @ (start + rho * g / g.norm())
+    scale = gp.norm().item() + 1
+    assert (taken @ g).item() >= -1e-9 * scale * g.norm().item()
+    assert taken.norm() <= gp.norm() + 1e-9 * scale
+    across = lambda v: v - (v @ g) / (g @ g) * g
+    torch.testing.assert_close(across(taken), across(gp), rtol=0, atol=1e-9 * scale)
+    if (gp @ g).item() >= 0:
+        torch.testing.assert_close(taken, gp, rtol=0, atol=1e-9 * scale)
+    assert bool(optimizer.last["projected"]) == ((gp @ g).item() < 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_to_first_order_the_implicit_step_raises_the_alignment(seed):
+    """θ moved along −∇L_p(θ − αg) against −∇L_p(θ): the difference per α raises ⟨∇L_p, ∇L⟩ (its gradient, by autograd)."""
+    A, b, start = quadratic(seed=seed)
+    rho, small = 0.3, 1e-4
+    moved = []
+    for alpha in (0.0, small):
+        theta = nn.Parameter(start.clone())
+        optimizer = ASGA([theta], torch.optim.SGD, lr=1.0, rho_min=rho, rho_max=rho, alpha=alpha, adaptive=False, project=False)
+        optimizer.step(closure_of(optimizer, lambda: 0.5 * theta @ A @ theta + b @ theta))
+        moved.append(theta.detach() - start)
+    change = (moved[1] - moved[0]) / small
+    g = A @ start + b
+    torch.testing.assert_close(change, A @ g / 2, rtol=1e-6, atol=1e-6)       # −½ d/dα ∇L_p(θ − αg) = ½ A g
+    point = start.clone().requires_grad_()
+    grad = A @ point + b
+    fixed = (rho * g / g.norm())
+    inner = (A @ (point + fixed) + b) @ grad                                  # δ fixed: terms of order ρ left out
+    assert change @ torch.autograd.grad(inner, point)[0] > 0
+
+
+@given(st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.floats(0, 1)), st.floats(0, 1), st.floats(0, 1))
+def test_radius_stays_within_its_bounds_for_every_float(gap, one, other):
+    lo, hi = sorted((one, other))
+    rho = asga.adaptive_radius(gap, lo, hi).item()
+    assert lo <= rho <= hi
+    if math.isnan(gap):
+        assert rho == lo                                                      # says nothing about sharpness: the cautious one
+    else:
+        exact = math.log1p(max(gap, 0)) if gap < math.inf else math.inf
+        assert rho == pytest.approx(min(max(exact, lo), hi), rel=1e-12, abs=1e-300)
+
+
+@given(st.floats(-10, 10), st.floats(-10, 10))
+def test_radius_is_monotone(a, b):
+    a, b = sorted((a, b))
+    assert asga.adaptive_radius(a, 0.01, 2.0) <= asga.adaptive_radius(torch.tensor(b, dtype=torch.float64), 0.01, 2.0)
+
+
+# ------------------------------------------------------------------------------------------------------ cost and budget
+
+@pytest.mark.parametrize("name,make,side", networks(), ids=[n[0] for n in networks()])
+def test_macs_equal_torchs_flop_counter(name, make, side):
+    from torch.utils.flop_counter import FlopCounterMode
+    model, x = make().eval(), torch.randn(2, 3, side, side)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    costs = asga.trace(model, x)
+    assert sum(c.macs for c in costs.values()) == counter.get_total_flops() // 2 // len(x)
+    by_module = {k.split(".", 1)[1]: sum(v.values()) for k, v in counter.get_flop_counts().items() if "." in k}
+    for layer, cost in costs.items():
+        assert cost.macs == by_module[layer] // 4, layer
+        assert cost.numel == dict(model.named_modules())[layer].weight.numel()
+    assert list(costs)[0] in ("conv1", "stem", "features.0.0") and not asga.quantized_layers(model)
+
+
+def test_policy_order_is_the_order_of_the_calls():
+    assert list(asga.trace(Handmade(), torch.randn(1, 3, 24, 24))) == ["stem", "depthwise", "grouped", "again", "head"]
+
+
+LAYERS = {"a": asga.LayerCost(100, 10), "b": asga.LayerCost(1000, 200), "c": asga.LayerCost(350, 4000), "d": asga.LayerCost(70, 30)}
+
+
+def make_budget(spec, layers=LAYERS, least=2, most=8, fixed=("a",)):
+    lo, hi = (torch.tensor([[8.0 if name in fixed else end for name in layers]] * 2) for end in (least, most))
+    return asga.Budget(spec, layers, lo, hi)
+
+
+def bops(bits, layers=LAYERS):
+    return sum(c.macs * w * a for c, w, a in zip(layers.values(), *bits.tolist()))
+
+
+def size(bits, layers=LAYERS):
+    return sum(c.numel * w for c, w in zip(layers.values(), bits[0].tolist()))
+
+
+def test_budget_units():
+    interior = 1000 + 350 + 70
+    assert make_budget("3bit").limits == {"bops": 100 * 64 + interior * 9}
+    assert make_budget("2.4 bits").limits["bops"] == pytest.approx(100 * 64 + interior * 2.4 ** 2)
+    assert make_budget("0.05x").limits["bops"] == pytest.approx(0.05 * 1024 * (interior + 100))
+    assert make_budget("20K").limits == make_budget("2e1kBOPs").limits == {"bops": 20000}
+    assert make_budget("2KB").limits == {"weight_bits": 16000}
+    assert make_budget("3bit, 2KB").limits == {"bops": 100 * 64 + interior * 9, "weight_bits": 16000}
+    for bad in ("", "3", "3 furlongs", "-3bit", "0bit", "nanbit", "3bit,7K", "1e999G", "bit", "3bit;2KB"):
+        with pytest.raises(AsgaError):
+            make_budget(bad)
+    for infeasible in ("1bit", "1K", "0.2KB", "0.001x"):
+        with pytest.raises(AsgaError, match="takes .* to "):
+            make_budget(infeasible)
+
+
+@given(st.floats(2.01, 7.9), st.integers(0, 10 ** 6), st.booleans())
+def test_projection_meets_the_budget_within_the_range(b, seed, both):
+    budget = make_budget(f"{b}bit" + (",1.7KB" if both else ""))
+    bits = torch.rand(2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10
+    out = budget.project(bits)
+    spent = [bops(out) / budget.limits["bops"]] + ([size(out) / budget.limits["weight_bits"]] if both else [])
+    assert max(spent) == pytest.approx(1, abs=1e-6)
+    assert (out >= budget.lo).all() and (out <= budget.hi).all()
+    assert torch.equal(budget.project(out), out)                                   # leaves alone what meets it
+    down = bops(bits.clamp(budget.lo, budget.hi)) > budget.limits["bops"] or both and size(
+        bits.clamp(budget.lo, budget.hi)) > 13600
+    change = out - bits.clamp(budget.lo, budget.hi)
+    assert (change <= 1e-12).all() if down else (change >= -1e-12).all()
+    moved = (out > budget.lo + 1e-9) & (out < budget.hi - 1e-9) & (change.abs() > 1e-7)
+    if not both and moved.sum() > 1:                                               # along ∇ log C, as far as it is free
+        start = bits.clamp(budget.lo, budget.hi)
+        slope = torch.tensor([c.macs for c in LAYERS.values()]) * start.flip(0)
+        ratio = (change / slope)[moved]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-4, atol=1e-12)
+
+
+def test_a_budget_above_the_dearest_policy_is_met_by_it_and_uniform_start_spends_all():
+    rich = make_budget("900G")
+    assert torch.equal(rich.project(torch.full((2, 4), 3.0)), rich.hi)
+    for spec in ("2.4bit", "3bit", "5.5bit"):
+        start = make_budget(spec).uniform()
+        assert bops(start) == pytest.approx(make_budget(spec).limits["bops"], rel=1e-6)
+        torch.testing.assert_close(start[:, 1:], torch.full((2, 3), float(spec[:-3]), dtype=torch.float64))
+
+
+def test_softmax_projection_meets_the_budget():
+    budget = make_budget("3bit")
+    candidates = torch.tensor([2.0, 3, 4, 8], dtype=torch.float64)
+    values = candidates.expand(2, 4, 4).clone()
+    logits = torch.randn(2, 4, 4, dtype=torch.float64)
+    logits[:, 0], values[:, 0] = torch.tensor([0, -math.inf, -math.inf, -math.inf]), torch.tensor([8.0, 0, 0, 0])
+    out = budget.project_logits(logits, values, 0.5)
+    expected = (torch.softmax(out / 0.5, -1) * values).sum(-1)
+    assert bops(expected) == pytest.approx(budget.limits["bops"], rel=1e-6)
+    torch.testing.assert_close(budget.project_logits(out, values, 0.5), out)
+
+
+def brute_force(values, costs, limits, fill):
+    """(spends enough, value) of the best choice, by trying all."""
+    best = None
+    for picks in itertools.product(*(range(len(v)) for v in values)):
+        total = [sum(int(c[i][k]) for c, i in zip(costs, picks)) for k in range(len(limits))]
+        if any(t > limit for t, limit in zip(total, limits)):
+            continue
+        spent = max(t / limit for t, limit in zip(total, limits))
+        value = sum(float(v[i]) for v, i in zip(values, picks))
+        key = (0, value, 0) if spent >= fill else (1, -spent, value)
+        best = key if best is None or key < best else best
+    return best
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 2), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
+@settings(max_examples=300)
+def test_knapsack_equals_brute_force(data, layers, kinds, fill):
+    sizes = [data.draw(st.integers(1, 5)) for _ in range(layers)]
+    number = st.integers(0, data.draw(st.sampled_from([3, 40, 10 ** 6])))
+    costs = [torch.tensor([[data.draw(number) for _ in range(kinds)] for _ in range(n)]) for n in sizes]
+    values = [torch.tensor([data.draw(st.integers(0, 50)) / 4 for _ in range(n)]) for n in sizes]
+    limits = [data.draw(st.integers(1, max(2, sum(int(c[:, k].max()) for c in costs)))) for k in range(kinds)]
+    expected = brute_force(values, costs, limits, fill)
+    if expected is None:
+        with pytest.raises(AsgaError):
+            asga.knapsack(values, costs, limits, fill)
+        return
+    picks = asga.knapsack(values, costs, limits, fill)
+    chosen = brute_force([v[i:i + 1] for v, i in zip(values, picks)], [c[i:i + 1] for c, i in zip(costs, picks)], limits, fill)
+    assert chosen == pytest.approx(expected)
+
+
+@needs_torchvision
+@pytest.mark.parametrize("arch", ["resnet50", "mobilenet_v2"])
+def test_knapsack_of_real_networks_is_exact_and_spends_the_budget(arch):
+    layers = asga.trace(asga.build(arch, 10), torch.randn(1, 3, 64, 64))
+    edges = (list(layers)[0], list(layers)[-1])
+    for spec in ("2.4bit", "3bit", "0.02x,9MB"):
+        budget = make_budget(spec, layers, fixed=edges)
+        beta = budget.project(budget.uniform() + torch.randn(2, len(layers), dtype=torch.float64))
+        penalties = [{(w, a): (w - bw) ** 2 + (a - ba) ** 2 for w in (asga.CANDIDATES if n not in edges else (8,))
+                      for a in (asga.CANDIDATES if n not in edges else (8,))}
+                     for n, bw, ba in zip(layers, *beta.tolist())]
+        start = time.perf_counter()
+        chosen = budget.choose(penalties)
+        assert time.perf_counter() - start < 10
+        bits = torch.tensor([list(b) for b in chosen.values()]).double().t()
+        spent = max([bops(bits, layers) / budget.limits["bops"]] + ([size(bits, layers) / budget.limits["weight_bits"]]
+                                                                     if "weight_bits" in budget.limits else []))
+        assert 0.99 <= spent <= 1
+
+
+# -------------------------------------------------------------------------------------------------------------- policy
+
+def handmade_policy():
+    model, x = Handmade(), torch.randn(1, 3, 24, 24)
+    bits = dict(zip(("stem", "depthwise", "grouped", "again", "head"), [(8, 8), (3, 4), (2, 5), (6, 6), (8, 8)]))
+    return model, x, Policy(bits, asga.trace(model, x), {"arch": "handmade", "budget": {"spec": "3bit"}})
+
+
+def test_policy_round_trip(tmp_path):
+    model, x, policy = handmade_policy()
+    policy.save(tmp_path / "p.json")
+    again = Policy.load(tmp_path / "p.json")
+    assert again.layers == policy.layers and again.bops == policy.bops and again.to_json() == policy.to_json()
+    data = json.loads((tmp_path / "p.json").read_text())
+    assert list(data) == ["format", "version", "arch", "layers", "cost", "budget", "candidates", "proxy", "search", "versions"]
+    assert data["cost"]["bops"] == sum(e["macs"] * e["w"] * e["a"] for e in data["layers"].values())
+    assert data["cost"]["weight_bits"] == sum(e["numel"] * e["w"] for e in data["layers"].values())
+    again.check(model, x)
+    other = Handmade(num_classes=11)
+    again.check(other, x)                                                     # a head with other classes fits
+    assert again.measure(other, x).sizes["head"].numel == 24 * 11
+    net = quantize(model, again, example_inputs=x)
+    assert {n: (*l.weight_quantizer.bits, *l.input_quantizer.bits) for n, l in asga.quantized_layers(net).items()} == policy.layers
+
+
+def test_each_way_a_policy_file_can_be_wrong_has_its_own_message(tmp_path):
+    _, _, policy = handmade_policy()
+    good, messages = policy.to_json(), []
+
+    def broken(change):
+        data = copy.deepcopy(good)
+        data = change(data) or data
+        (tmp_path / "p.json").write_text(data if isinstance(data, str) else json.dumps(data))
+        with pytest.raises(AsgaError) as error:
+            Policy.load(tmp_path / "p.json")
+        messages.append(re.sub(r"\d+", "", str(error.value)))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    broken(lambda d: "{")
+    broken(lambda d: [1])
+    broken(lambda d: d.update(format="onnx"))
+    broken(lambda d: d.update(version=2))
+    broken(lambda d: d.update(layers={}))
+    assert "17" in broken(lambda d: d["layers"]["again"].update(w=17))
+    assert "'a'" in broken(lambda d: d["layers"]["again"].pop("a") and None)
+    assert "macs" in broken(lambda d: d["layers"]["again"].update(macs=1.5))
+    assert "bops" in broken(lambda d: d["layers"]["again"].update(w=2))
+    assert "weight_bits" in broken(lambda d: d["cost"].update(weight_bits=1))
+    with pytest.raises(AsgaError, match="cannot read"):
+        Policy.load(tmp_path / "none.json")
+    assert len(set(messages)) == len(messages) - 1                            # [] and another format are one: not a policy
+
+
+def test_policy_for_another_network_is_refused():
+    model, x, policy = handmade_policy()
+    with pytest.raises(AsgaError, match="'stem'"):
+        policy.check(asga.ResNet20())
+    with pytest.raises(AsgaError, match="unused"):
+        policy.check(model)                                                   # without inputs nobody knows it is not reached
+    longer = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    with pytest.raises(AsgaError, match="'1' without bits"):
+        Policy({"0": (8, 8)}).check(longer, x)
+    wide = Handmade()
+    wide.again = nn.Conv2d(24, 24, 3, padding=1)
+    with pytest.raises(AsgaError, match="'again' has 5184 weights, 576"):
+        policy.check(wide, x)
+    with pytest.raises(AsgaError, match="pair"):
+        Policy({"a": (1, 2, 3)})
+    with pytest.raises(AsgaError, match="0"):
+        Policy({"a": (0, 2)})
+    with pytest.raises(AsgaError, match="MACs"):
+        Policy({"a": (4, 2)}).bops
+
+
+# ------------------------------------------------------------------------------------------------------ search (library)
+
+def toy_batches(n=6):
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randn(16, 3, 24, 24, generator=g), torch.randint(7, (16,), generator=g)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("kw", [{}, {"relaxation": "softmax"}, {"method": "sam"}, {"method": "sagm"}, {"method": "joint"},
+                                {"method": "uniform"}, {"candidates_w": (4,), "candidates_a": (2, 3, 8)}])
+def test_search_keeps_the_budget_at_every_step_and_in_the_policy(kw):
+    model = Handmade()
+    before, spent = copy.deepcopy(model.state_dict()), []
+    budget = make_budget("3.3bit", layers := asga.trace(model, torch.randn(1, 3, 24, 24)), fixed=("stem", "head"))
+    policy = search(model, toy_batches(), F.cross_entropy, "3.3bit", steps=8, lr_beta=30.0,
+                    on_step=lambda i, r: spent.append(r["expected_cost"].item()), **kw)
+    limit = budget.limits["bops"] if "candidates_w" not in kw else policy.info["budget"]["bops"]
+    assert spent == pytest.approx([limit] * len(spent), rel=1e-6) and len(spent) == (0 if "uniform" in kw.values() else 8)
+    assert policy.bops <= limit and list(policy.layers) == list(layers)
+    assert policy.layers["stem"] == policy.layers["head"] == (8, 8)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_search_moves_bits_to_the_layers_that_need_them():
+    """One layer's output is multiplied by zero: its bits are worth nothing, and a search must take them away."""
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+            self.useful, self.useless = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            return self.head(F.relu(self.useful(x)) + 0 * self.useless(x))
+
+    torch.manual_seed(0)
+    model = Half()
+    teacher = copy.deepcopy(model)
+    batches = [(x, teacher(x).detach()) for x in (torch.randn(32, 3, 12, 12) for _ in range(8))]
+    policy = search(model, batches, lambda out, y: F.mse_loss(out, y) / y.var(), "3bit", steps=60, lr=1e-5, lr_beta=1.0)
+    assert sum(policy.layers["useful"]) > sum(policy.layers["useless"]) + 2
+    assert min(policy.layers["useless"]) == 2
+
+
+def test_search_is_deterministic_and_refuses_nonsense():
+    run = lambda: search(Handmade(), toy_batches(), F.cross_entropy, "3bit", steps=5)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append(run().layers)
+    assert results[0] == results[1]
+    for kw in ({"steps": 0}, {"method": "magic"}, {"candidates_w": (0,)}, {"relaxation": "other"}):
+        with pytest.raises(AsgaError):
+            search(Handmade(), toy_batches(), F.cross_entropy, "3bit", **{"steps": 1, **kw})
+    with pytest.raises(AsgaError, match="takes"):
+        search(Handmade(), toy_batches(), F.cross_entropy, "1bit")
+    with pytest.raises(AsgaError, match="empty"):
+        search(Handmade(), [], F.cross_entropy, "3bit")
+
+
+# ------------------------------------------------------------------------------------------------ data and command line
+
+def test_digits_are_split_stratified_and_augmentation_moves_pixels():
+    data = asga.load_data("digits", "data")
+    assert len(data.train) + len(data.val) == 1797 and data.train.images.shape[1:] == (3, 32, 32)
+    for part, share in ((data.train, 0.8), (data.val, 0.2)):
+        counts = part.labels.bincount()
+        assert len(counts) == 10 and ((counts / 1797 * 10 - share).abs() < 0.03).all()
+    images = data.train.images[:50]
+    moved = asga.augment(images, True, torch.Generator().manual_seed(1))
+    assert moved.shape == images.shape and not torch.equal(moved, images)
+    padded = F.pad(images, (4,) * 4)
+    for before, after in zip(padded, moved):                                 # each is some crop, or its mirror image
+        assert any(torch.equal(after, crop) or torch.equal(after, crop.flip(2))
+                   for i in range(9) for j in range(9) for crop in [before[:, i:i + 32, j:j + 32]])
+    some = asga.load_data("digits", "data", "5-6,9")
+    assert some.classes == ["5", "6", "9"] and set(some.val.labels.tolist()) == {0, 1, 2}
+    assert torch.equal(some.val.images[some.val.labels == 2], data.val.images[data.val.labels == 9])
+    for bad in ("3-", "a", "0-10", "1,1", "2"):
+        with pytest.raises(AsgaError):
+            asga.load_data("digits", "data", bad)
+
+
+def test_what_a_step_sees_depends_on_seed_and_step_alone():
+    data = asga.load_data("digits", "data", "0-3")
+    stream = asga.training_stream(data.train, 64, torch.device("cpu"), 32, 7, "crop")
+    from_start = list(itertools.islice(stream(0), 30))
+    later = list(itertools.islice(stream(17), 13))
+    assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(from_start[17:], later))
+    first_epoch = torch.cat([y for _, y in from_start[:len(data.train) // 64]])
+    assert (first_epoch.bincount() > 64).all()
+
+
+def make_folder(root, classes=("cat", "dog"), sizes=((20, 20),), n=12):
+    from PIL import Image
+    g = torch.Generator().manual_seed(0)
+    for part, name, i in itertools.product(("train", "val"), classes, range(n)):
+        (root / part / name).mkdir(parents=True, exist_ok=True)
+        w, h = sizes[i % len(sizes)]
+        pixels = torch.randint(256, (h, w, 3), generator=g, dtype=torch.uint8)
+        Image.frombytes("RGB", (w, h), bytes(pixels.flatten().tolist())).save(root / part / name / f"{i}.png")
+    return root
+
+
+@needs_torchvision
+def test_image_folders_in_memory_and_streamed_are_the_same(tmp_path, monkeypatch):
+    from PIL import Image
+    root = make_folder(tmp_path / "set", sizes=((20, 20), (31, 24), (16, 40)))
+    indices = [torch.tensor([3, 0, 7]), torch.tensor([23, 5, 11])]
+    results = []
+    for memory in (True, False):
+        data = asga.load_data(str(root), "data")
+        assert data.size is None and data.classes == ["cat", "dog"]
+        data.train.size = 16
+        if not memory:
+            monkeypatch.setattr(asga.os, "sysconf", lambda name: 1)
+        results.append(list(data.train.batches(iter(indices), torch.device("cpu"))))
+        assert torch.is_tensor(data.train.images) == memory
+    for (a, c), (b, d) in zip(*results):
+        assert torch.equal(a, b) and torch.equal(c, d) and a.dtype == torch.uint8
+    first = torch.tensor(list(Image.open(root / "train/cat/0.png").resize((16, 16), Image.Resampling.BILINEAR).tobytes()))
+    assert torch.equal(results[0][0][0][1].permute(1, 2, 0).flatten().long(), first)
+    whole = (root / "train/cat/5.png").read_bytes()
+    (root / "train/cat/5.png").write_bytes(whole[:len(whole) // 2])          # its header is fine, its pixels are not
+    data = asga.load_data(str(root), "data")
+    data.train.size = 16
+    with pytest.raises(AsgaError, match="5.png"):
+        list(data.train.batches(iter([torch.arange(24)]), torch.device("cpu")))
+
+
+def run_main(capsys, *argv):
+    code = asga.main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys, *argv, has, lines=1):
+    """Exit code 2 and one line, without a traceback, that names the value."""
+    try:
+        code, out, err = run_main(capsys, *argv)
+    except SystemExit as stop:                                               # argparse
+        code, out, err = stop.code, "", capsys.readouterr().err
+    errors = [line for line in err.splitlines() if "error" in line]
+    assert code == 2 and out == "" and len(errors) == 1 and "Traceback" not in err, err
+    assert has in errors[0], errors[0]
+
+
+def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(asga, "cifar10_reachable", lambda root: False)
+    out = tmp_path / "out"
+    base = ("search", "--data", "digits", "--out", out)
+    refused(capsys, "search", "--data", "nowhere", "--out", out, has="'nowhere'")
+    refused(capsys, "search", "--data", "cifar10", "--out", out, has="does not answer")
+    refused(capsys, *base, "--budget", "1bit", has="takes")
+    refused(capsys, *base, "--budget", "3furlongs", has="3furlongs")
+    refused(capsys, *base, "--candidates-w", "2,17", has="17")
+    refused(capsys, *base, "--candidates-w", "2,x", has="2,x")
+    refused(capsys, *base, "--keep", "0", has="0")
+    refused(capsys, *base, "--steps", "0", has="steps 0")
+    refused(capsys, *base, "--method", "magic", has="magic")
+    refused(capsys, *base, "--batch-size", "0", has="batch-size")
+    refused(capsys, *base, "--images", "2", has="images 2")
+    refused(capsys, *base, "--classes", "3-40", has="3-40")
+    refused(capsys, *base, "--arch", "nofile.py:make", has="nofile.py")
+    refused(capsys, *base, "--weights", "none.pt", has="none.pt")
+    refused(capsys, *base, "--frobnicate", has="frobnicate")
+    refused(capsys, "fly", has="fly")
+    if not torch.cuda.is_available():
+        refused(capsys, *base, "--device", "cuda", has="--device cuda")
+    refused(capsys, *base, "--device", "abacus", has="abacus")
+    (tmp_path / "file").write_text("x")
+    refused(capsys, "search", "--data", "digits", "--out", tmp_path / "file" / "run", has="file")
+    refused(capsys, "transfer", "none.json", "--data", "digits", "--out", out, has="none.json")
+    refused(capsys, "eval", "none.pt", "--data", "digits", has="none.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    refused(capsys, "eval", "text.pt", "--data", "digits", has="text.pt")
+    refused(capsys, *base, "--weights", "text.pt", has="text.pt")
+    torch.save({"a": torch.ones(1)}, "other.pt")
+    refused(capsys, *base, "--weights", "other.pt", has="another network")
+    (tmp_path / "user.py").write_text("def broken(num_classes): return 1 / 0\ndef number(num_classes): return 3\n"
+                                      "from torch import nn\n"
+                                      "def wrong(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))\n"
+                                      "def picky(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(5, num_classes))\n")
+    for function, word in (("broken", "division"), ("number", "int"), ("wrong", "(1, 4)"), ("missing", "missing"), ("picky", "32x32")):
+        refused(capsys, *base, "--arch", f"user.py:{function}", has=word)
+    _, _, policy = handmade_policy()
+    policy.save("p.json")
+    refused(capsys, "transfer", "p.json", "--data", "digits", "--arch", "resnet20", "--out", out, has="'stem'")
+    refused(capsys, "transfer", "p.json", "--out", out, has="--data")
+    refused(capsys, *base, "--fp-lr", "1e30", "--fp-epochs", "1", "--classes", "0,1", has="loss became")
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "weights.jsonl"]         # no policy, no weights
+    refused(capsys, *base, has="unfinished")
+
+
+@needs_torchvision
+def test_bad_folders(tmp_path, capsys):
+    refused(capsys, "search", "--arch", "resnet_18", "--data", "digits", "--out", tmp_path / "o", has="resnet18")
+    refused(capsys, "search", "--arch", "inception_v3", "--data", "digits", "--resolution", "32", "--out", tmp_path / "o", has="32x32")
+    refused(capsys, "search", "--data", tmp_path, "--out", tmp_path / "o", has="train")
+    root = make_folder(tmp_path / "set")
+    (root / "train/empty").mkdir()
+    refused(capsys, "search", "--data", root, "--out", tmp_path / "o", has="empty")
+    (root / "train/empty").rmdir()
+    make_folder(root, classes=("cow",))
+    for path in (root / "val/cow").iterdir():
+        path.unlink()
+    (root / "val/cow").rmdir()
+    refused(capsys, "search", "--data", root, "--out", tmp_path / "o", has="cow")
+    single = make_folder(tmp_path / "single", classes=("cat",))
+    refused(capsys, "search", "--data", single, "--out", tmp_path / "o", has="at least two")
+    assert not (tmp_path / "o").exists()
+
+
+def cli(*argv, cwd, check=True, **env):
+    done = subprocess.run([sys.executable, str(HERE / "asga.py"), *map(str, argv)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, **env})
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+QUICK = ("--data", "digits", "--batch-size", "64", "--no-compile")
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """One search on digits 0-4 and one transfer to digits 5-9, as a user types them."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = cli("search", *QUICK, "--classes", "0-4", "--fp-epochs", "6", "--steps", "10", "--budget", "2.5bit",
+                "--lr-beta", "20", "--out", "a", cwd=folder)
+    moved = cli("transfer", "a/policy.json", *QUICK, "--classes", "5-9", "--fp-epochs", "6", "--epochs", "3", "--out", "b", cwd=folder)
+    return folder, found, moved
+
+
+def test_search_and_transfer_on_digits(digits_run):
+    folder, found, moved = digits_run
+    assert {p.name for p in (folder / "a").iterdir()} == {"policy.json", "log.jsonl", "config.json", "supernet.pt", "metrics.json",
+                                                          "weights.pt", "weights.jsonl"}
+    policy = json.loads((folder / "a/policy.json").read_text())
+    layers = policy["layers"]
+    assert len(layers) == 20 and layers["layer1.0.conv1"]["macs"] == 2359296 and layers["layer1.0.conv1"]["numel"] == 2304
+    assert layers["conv1"]["w"] == layers["fc"]["a"] == 8
+    cost = sum(e["macs"] * e["w"] * e["a"] for e in layers.values())
+    inner = sum(e["macs"] for n, e in layers.items() if n not in ("conv1", "fc"))
+    limit = inner * 2.5 ** 2 + 64 * (layers["conv1"]["macs"] + layers["fc"]["macs"])
+    assert policy["budget"] == {"spec": "2.5bit", "bops": pytest.approx(limit)} and 0.99 * limit <= cost <= limit
+    assert policy["proxy"] == {"data": "digits", "classes": 5, "images": pytest.approx(720, abs=10), "resolution": 32}
+    assert len({(e["w"], e["a"]) for e in layers.values()}) > 3               # it is mixed precision
+    records = [json.loads(line) for line in (folder / "a/log.jsonl").read_text().splitlines()]
+    assert len(records) == 10 and {"loss", "perturbed_loss", "gap", "rho", "grad_norm", "cos", "projected", "expected_cost",
+                                   "beta_distance", "time"} <= set(records[0])
+    assert all(r["expected_cost"] == pytest.approx(limit, rel=1e-6) for r in records)
+    assert all(r["gap"] == pytest.approx(r["perturbed_loss"] - r["loss"], abs=1e-6) for r in records)
+    for word in ("layer3.2.conv2", "uniform reference", "supernet", "peak memory", "search time", "asga.py transfer a/policy.json"):
+        assert word in found.stdout
+    metrics = json.loads((folder / "b/metrics.json").read_text())
+    assert metrics["policy_bops"] == cost
+    assert metrics["full_precision"]["accuracy"] > 80 and metrics["tuned"]["accuracy"] > 60
+    assert metrics["tuned"]["loss"] < metrics["quantized"]["loss"]
+    evaluated = cli("eval", "b/model.pt", *QUICK[:2], "--classes", "5-9", "--no-compile", cwd=folder)
+    assert f"accuracy {metrics['tuned']['accuracy']:.2f} %" in evaluated.stdout
+    state = torch.load(folder / "b/model.pt", weights_only=True)["state"]
+    tuned = state["layer1.0.conv1.weight_quantizer.grid"]
+    assert tuned[0].item() == layers["layer1.0.conv1"]["w"]                   # the policy was not changed
+    again = cli("search", *QUICK, "--out", "a", cwd=folder, check=False)
+    assert again.returncode == 2 and "finished policy.json" in again.stderr
+    wrong = cli("eval", "b/model.pt", "--data", "digits", "--classes", "0-4", cwd=folder, check=False)
+    assert wrong.returncode == 2 and "knows the classes" in wrong.stderr
+
+
+def without_times(data):
+    return {k: without_times(v) for k, v in data.items() if k not in ("seconds", "fp_seconds", "out", "weights")} if isinstance(data, dict) else data
+
+
+def test_same_seed_same_policy_and_metrics_also_when_interrupted(digits_run, tmp_path):
+    folder, _, _ = digits_run
+    line = ("search", *QUICK, "--classes", "0-4", "--fp-epochs", "6", "--steps", "10", "--budget", "2.5bit", "--lr-beta", "20", "--out", "a")
+    stops = 0
+    for phase in ("weights.jsonl", "log.jsonl"):
+        run = subprocess.Popen([sys.executable, str(HERE / "asga.py"), *line], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and run.poll() is None:
+            log = tmp_path / "a" / phase
+            if log.exists() and log.read_text().count("\n"):
+                run.send_signal(signal.SIGINT)
+                break
+            time.sleep(0.05)
+        err = run.communicate()[1]
+        assert "Traceback" not in err
+        if run.returncode == 130:
+            stops += 1
+            assert "go on with: python asga.py search" in err and not (tmp_path / "a/policy.json").exists()
+    if not (tmp_path / "a/policy.json").exists():
+        cli(*line, cwd=tmp_path)
+    assert stops >= 1
+    cli("transfer", "a/policy.json", *QUICK, "--classes", "5-9", "--fp-epochs", "6", "--epochs", "3", "--out", "b", cwd=tmp_path)
+    for name in ("a/policy.json", "a/metrics.json", "b/metrics.json"):
+        one, two = (without_times(json.loads((f / name).read_text())) for f in (folder, tmp_path))
+        assert one == two, name
+    a, b = (torch.load(f / "b/model.pt", weights_only=True)["state"] for f in (folder, tmp_path))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_the_core_imports_without_torchvision_and_does_nothing(tmp_path):
+    script = f"""
+import sys
+for name in ("torchvision", "PIL", "onnx", "matplotlib"): sys.modules[name] = None
+sys.path.insert(0, {str(HERE)!r})
+import asga, torch
+net = asga.quantize(asga.ResNet20(), 4, example_inputs=torch.randn(2, 3, 32, 32))
+print(net(torch.randn(2, 3, 32, 32)).shape)
+print(asga.main(["search", "--arch", "resnet18", "--data", "digits", "--out", "x"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["torch.Size([2, 10])", "2"], done.stderr
+    assert "torchvision" in done.stderr and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@needs_torchvision
+def test_weights_with_another_head_and_a_network_of_ones_own(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("from torch import nn\n"
+                                      "def net(num_classes):\n"
+                                      "    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),\n"
+                                      "        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n")
+    arch = f"{tmp_path}/mine.py:net"
+    code, out, err = run_main(capsys, "train", "--arch", arch, "--data", "digits", "--classes", "0-2", "--epochs", "1", "--out", tmp_path / "fp")
+    assert code == 0 and "accuracy" in out
+    root = make_folder(tmp_path / "set", sizes=((20, 20),), n=40)
+    code, out, err = run_main(capsys, "search", "--arch", arch, "--data", root, "--weights", tmp_path / "fp/model.pt", "--steps", "2",
+                              "--batch-size", "16", "--budget", "4bit,1KB", "--no-compile", "--out", tmp_path / "s")
+    assert code == 0 and "trained for 3 classes" in err and "(7)" in err, err
+    policy = json.loads((tmp_path / "s/policy.json").read_text())
+    assert policy["layers"]["3"]["macs"] == 8 * 8 * 9 * 7 * 7 and policy["proxy"]["resolution"] == 20
+    code, _, err = run_main(capsys, "eval", tmp_path / "fp/model.pt", "--data", "digits", "--classes", "0-2")
+    assert code == 0
+    refused(capsys, "search", "--arch", "resnet20", "--data", "digits", "--weights", tmp_path / "fp/model.pt", "--out", tmp_path / "t", has="another network")
+
+
+@real_data
+@needs_torchvision
+def test_search_on_cifar10_and_transfer_to_tinyimagenet50(tmp_path):
+    data = Path(DATA).resolve()
+    cli("search", "--data", data / "cifar10", "--classes", "0-4", "--images", "0.1", "--fp-epochs", "3", "--steps", "12",
+        "--budget", "3bit", "--out", "a", cwd=tmp_path)
+    policy = json.loads((tmp_path / "a/policy.json").read_text())
+    assert policy["proxy"] == {"data": str(data / "cifar10"), "classes": 5, "images": 2500, "resolution": 32}
+    metrics = json.loads((tmp_path / "a/metrics.json").read_text())
+    assert metrics["full_precision"]["accuracy"] > 35 and metrics["supernet"]["accuracy"] > 30
+    cli("transfer", "a/policy.json", "--data", data / "tinyimagenet50", "--classes", "0-9", "--resolution", "32", "--fp-epochs", "4",
+        "--epochs", "1", "--weights", "a/weights.pt", "--out", "b", cwd=tmp_path)
+    metrics = json.loads((tmp_path / "b/metrics.json").read_text())
+    assert metrics["policy_bops"] == pytest.approx(policy["cost"]["bops"], rel=1e-3)
+    assert metrics["tuned"]["accuracy"] > 15 and metrics["tuned"]["loss"] < metrics["quantized"]["loss"]
