@@ -25,7 +25,6 @@ import os
 import pickle
 import platform
 import re
-import resource
 import signal
 import socket
 import sys
@@ -1079,6 +1078,9 @@ def plan(model, example_inputs, budget, settings):
     layers = trace(model, example_inputs)
     if not layers:
         raise AsgaError(f"{type(model).__name__} has no Conv2d and no Linear layer: there is nothing to quantize")
+    left = [name for name in layers_of(model) if name not in layers]
+    if left:
+        say(f"not quantized, as a forward pass never calls them: {', '.join(left)}")
     kept = edge_bits(list(layers), settings.keep)
     device = next(model.parameters()).device
     ends = [[[kept.get(name, end(c)) for name in layers] for c in (settings.candidates_w, settings.candidates_a)]
@@ -1204,6 +1206,8 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     budgets that make no sense, before any training.
     """
     settings = SearchSettings(**settings)
+    if iter(batches) is batches:
+        raise AsgaError("batches can be read only once: give a list or a DataLoader, not a generator")
     device = next(model.parameters()).device
     move = lambda v: v.to(device) if torch.is_tensor(v) else type(v)(map(move, v)) if isinstance(v, (tuple, list)) else v
     warm = [move(x) for x, _ in itertools.islice(batches, 4)]
@@ -1402,6 +1406,10 @@ DIGITS = Path(__file__).resolve().parent / "data" / "digits.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, which pretrained networks expect, for all sets
 
 
+def _ignore_interrupts(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                                       # Ctrl-C is for the main process
+
+
 class ImageSet(torch.utils.data.Dataset):
     """One part (train or val) of a data set: images as a uint8 tensor [N, 3, S, S], or as paths, and labels [N].
 
@@ -1466,9 +1474,8 @@ class ImageSet(torch.utils.data.Dataset):
                 yield self.images[index.to(self.images.device)].to(device), self.labels[index].to(device)
             return
         plan_, order = itertools.tee(indices)
-        ignore = lambda worker: signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process
         loader = torch.utils.data.DataLoader(self, batch_sampler=(i.tolist() for i in plan_), collate_fn=list,
-                                             num_workers=os.cpu_count(), worker_init_fn=ignore)
+                                             num_workers=os.cpu_count(), worker_init_fn=_ignore_interrupts)
         for images, index in zip(loader, order):
             for image in images:
                 if isinstance(image, AsgaError):
@@ -1748,7 +1755,7 @@ class Run:
                 if now - flushed > 0.5 or done + 1 == total or asked:
                     flush(done + 1)
                     flushed = now
-                if now - saved > 60 or asked:
+                if now - saved > 60 or done + 1 == total or asked:
                     save(done + 1)
                     saved = now
                 if asked:
@@ -1883,6 +1890,7 @@ def describe(device):
 def peak_memory(device):
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on the GPU"
+    import resource
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB of the process"
 
 
@@ -1975,9 +1983,9 @@ class Job:
         say(f"full-precision weights: {seconds:.0f} s, kept in {kept} for --weights")
         return seconds
 
-    def save(self, path, model, policy=None):
+    def save(self, path, model, policy=None, form="asga-model"):
         """A checkpoint that eval and --weights read."""
-        state = {"format": "asga-model", "arch": self.cfg.arch, "classes": list(self.data.classes),
+        state = {"format": form, "arch": self.cfg.arch, "classes": list(self.data.classes),
                  "resolution": self.resolution, "state": model.state_dict(), "policy": policy and policy.to_json()}
         write_atomic(path, lambda part: torch.save(state, part))
 
@@ -2025,10 +2033,10 @@ def cmd_search(cfg):
     warm = [x for x, _ in itertools.islice(job.stream()(0), 4)]
     began = time.monotonic()
     run = Search(job.model, job.example, budget, kept, cfg, warm)
-    setup = time.monotonic() - began
-    seconds = setup
-    if cfg.method != "uniform":
-        seconds += job.run.loop("search", cfg.steps, job.stream(),
+    steps = 0 if cfg.method == "uniform" else cfg.steps
+    seconds = time.monotonic() - began
+    if steps:
+        seconds += job.run.loop("search", steps, job.stream(),
                                 lambda x, y, done: run.step(x, y, F.cross_entropy, done), {"search": run},
                                 lambda r: {"loss": f"{r['loss']:.4f}", "cost": f"{human(r['expected_cost'])}BOPs"})
     policy = run.policy(
@@ -2038,10 +2046,10 @@ def cmd_search(cfg):
         search={"method": cfg.method, "seed": cfg.seed, "seconds": round(seconds, 3), "device": describe(job.device),
                 "settings": dataclasses.asdict(cfg)})
     metrics = {"full_precision": job.evaluate(job.model), "supernet": job.evaluate(run.net),
-               "policy": job.evaluate(quantize(run.net, policy)), "policy_bops": policy.bops,
+               "policy": job.evaluate(quantize(run.net, policy, example_inputs=job.example)), "policy_bops": policy.bops,
                "fp_seconds": round(fp_seconds, 3), "seconds": round(seconds, 3)}
     out = job.run.out
-    job.save(out / "supernet.pt", run.net)
+    job.save(out / "supernet.pt", run.net, form="asga-supernet")
     write_json(out / "metrics.json", metrics)
     policy.save(out / "policy.json")
     job.run.done("search")
@@ -2049,7 +2057,7 @@ def cmd_search(cfg):
     print(f"accuracy           {metrics['full_precision']['accuracy']:.2f} % full precision, "
           f"{metrics['supernet']['accuracy']:.2f} % supernet, "
           f"{metrics['policy']['accuracy']:.2f} % the policy, taken from it without tuning ({job.data.name}, val)")
-    print(f"search time        {seconds:.1f} s ({cfg.steps} steps; full-precision training {fp_seconds:.1f} s apart)")
+    print(f"search time        {seconds:.1f} s ({steps} steps; full-precision training {fp_seconds:.1f} s apart)")
     print(f"peak memory        {peak_memory(job.device)}")
     print(f"next               python asga.py transfer {out / 'policy.json'} --data DIR")
 
@@ -2067,7 +2075,7 @@ def cmd_transfer(cfg):
     fp_seconds = job.full_precision()
     torch.manual_seed(cfg.seed)
     began = time.monotonic()
-    net = quantize(job.model, policy)
+    net = quantize(job.model, policy, example_inputs=job.example)
     calibrate(net, (x for x, _ in itertools.islice(job.stream()(0), 4)))
     metrics = {"full_precision": job.evaluate(job.model), "quantized": job.evaluate(net)}
     seconds = time.monotonic() - began + job.tune(net, "transfer", cfg.epochs, cfg.lr, cfg.weight_decay, warmup=0.0)
@@ -2113,11 +2121,14 @@ def cmd_eval(cfg):
     if list(data.classes) != state["classes"]:
         raise AsgaError(f"{cfg.model} knows the classes {', '.join(state['classes'])[:80]}; --data {cfg.data} "
                         f"{cfg.classes and '--classes ' + cfg.classes} has {', '.join(data.classes)[:80]}")
-    model = build(state["arch"], len(data.classes))
+    model = build(state["arch"], len(data.classes)).to(device, memory_format=torch.channels_last)
+    example = check_network(model, state["arch"], len(data.classes), state["resolution"], device)
     if state["policy"]:
-        model = quantize(model, Policy.from_json(state["policy"], cfg.model))
-    model.load_state_dict(state["state"])
-    model.to(device)
+        model = quantize(model, Policy.from_json(state["policy"], cfg.model), example_inputs=example)
+    try:
+        model.load_state_dict(state["state"])
+    except RuntimeError as error:
+        raise AsgaError(f"{cfg.model} does not fit {state['arch']} as it is now: {str(error).splitlines()[-1].strip()}")
     data.val.size = min(data.size or state["resolution"], state["resolution"])
     metrics = evaluate(model, data.val, state["resolution"], device)
     print(f"accuracy {metrics['accuracy']:.2f} %  cross-entropy {metrics['loss']:.4f}  ({len(data.val)} images of {data.name}, "
@@ -2170,6 +2181,9 @@ def main(argv=None):
         function(cfg)
     except AsgaError as error:
         print(f"asga: error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"asga: error: out of memory ({str(error).splitlines()[0]}): lower --batch-size or --resolution", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as stop:
         out = getattr(cfg, "out", "")

@@ -1048,6 +1048,8 @@ def test_search_is_deterministic_and_refuses_nonsense():
             search(Handmade(), toy_batches(), F.cross_entropy, "3bit", **{"steps": 1, **kw})
     with pytest.raises(AsgaError, match="takes"):
         search(Handmade(), toy_batches(), F.cross_entropy, "1bit")
+    with pytest.raises(AsgaError, match="once"):
+        search(Handmade(), iter(toy_batches()), F.cross_entropy, "3bit")
     with pytest.raises(AsgaError, match="empty"):
         search(Handmade(), [], F.cross_entropy, "3bit")
 

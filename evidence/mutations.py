@@ -1,0 +1,91 @@
+"""Does test_asga.py notice? Plants one likely mistake at a time into a copy of asga.py and runs the tests until one fails.
+
+    python evidence/mutations.py            about half a minute a mistake on 2 cores; exit code 1 where one goes unnoticed
+    python evidence/mutations.py radius     only those whose name contains "radius"
+"""
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from shutil import copy, copytree
+
+ROOT = Path(__file__).resolve().parent.parent
+# name: (text in asga.py, occurring once; what it becomes)
+MUTATIONS = {
+    "projection: sign flipped": ("torch._foreach_sub_(g_p, torch._foreach_mul(g, torch.where(", "torch._foreach_add_(g_p, torch._foreach_mul(g, torch.where("),
+    "projection: always": ("torch.where(conflict, dot / square, 0)", "dot / square"),
+    "projection: by ‖g‖, not ‖g‖²": ("torch.where(conflict, dot / square, 0)", "torch.where(conflict, dot / square.sqrt(), 0)"),
+    "radius: floor removed": (".clamp(rho_min, rho_max)", ".clamp(max=rho_max)"),
+    "radius: log of h, not of 1 + h": ("torch.log1p(gap.clamp(min=0))", "torch.log(gap.clamp(min=0))"),
+    "radius: NaN kept": ("torch.where(rho.isnan(), rho_min, rho)", "rho"),
+    "radius: gap of the wrong sign": ("gap = perturbed_loss - loss ", "gap = loss - perturbed_loss "),
+    "ascent: alpha added": ("torch.where(norm > 0, rho / norm, 0) - self.alpha", "torch.where(norm > 0, rho / norm, 0) + self.alpha"),
+    "ascent: no guard at zero": ("torch.where(norm > 0, rho / norm, 0)", "rho / norm"),
+    "ascent: opted-out groups too": ('if group.get("perturb", True) for p in group["params"] if p in first]', 'for p in group["params"] if p in first]'),
+    "restore: subtracts instead of copying": ("torch._foreach_copy_(moved, backup)", "torch._foreach_sub_(moved, torch._foreach_mul([first[p] for p in moved], scale))"),
+    "restore: not when the closure raises": ("        finally:\n            if moved:", "        else:\n            if moved:"),
+    "direction: g_p alone": ('if self.direction == "mean":', "if False:"),
+    "dropout: new draws in the second pass": ("                torch.set_rng_state(cpu)\n", ""),
+    "BatchNorm: not frozen": ("                    buffer.copy_(before)\n", ""),
+    "BatchNorm: assigned buffers not put back": ("                    module._buffers[name] = buffer\n", ""),
+    "state: radius forgotten": ('self.rho = state_dict["rho"].clone()', "pass"),
+    "quantizer: clip off by one": ("low + 2 ** b - 1]", "low + 2 ** b]"),
+    "quantizer: floor, not round": ("(wide / s[k]).round().clamp(n[k], p[k]))", "(wide / s[k]).floor().clamp(n[k], p[k]))"),
+    "quantizer: gradient passes everywhere": ("inside = (v >= n[k]) & (v <= p[k])", "inside = v.abs() >= 0"),
+    "quantizer: open at the bounds": ("inside = (v >= n[k]) & (v <= p[k])", "inside = (v > n[k]) & (v < p[k])"),
+    "quantizer: no LSQ gradient scale": ("/ (x.numel() * p[k].clamp_min(1)).sqrt())", ")"),
+    "quantizer: step gradient without its mixture weight": (".sum() * pi[k] / (x", ".sum() / (x"),
+    "quantizer: λ reversed": ("torch.stack([1 - share, share])", "torch.stack([share, 1 - share])"),
+    "quantizer: β not clamped": ("share = share + (share.clamp(0, 1) - share).detach()", "share = share"),
+    "quantizer: activations always signed": ("self.set_signed(self.negative)", "self.set_signed(True)"),
+    "calibration: overwrites steps": ("if self.steps.isnan().any():", "if True:"),
+    "compiled: wrong layout": ("return t.as_strided(x.shape, x.stride())", "return t.view(x.shape)"),
+    "supernet: activations unquantized": ("func(layer.input_quantizer(x), layer", "func(x, layer"),
+    "supernet: nested layers twice": ("        with torch._C.DisableTorchFunction():", "        if True:"),
+    "supernet: original changed": ("    model = copy.deepcopy(model)\n    found = layers_of(model)\n    fresh", "    found = layers_of(model)\n    fresh"),
+    "supernet: mode not put back": ("            m.training = training", "            m.training = True"),
+    "cost: groups ignored": ("layer.macs += out.numel() * weight[0].numel()", "layer.macs += out.numel() * weight[0, 0].numel() * x.shape[1]"),
+    "cost: second call not counted": ("layer.macs += out.numel()", "layer.macs = out.numel()"),
+    "cost: batch counted": ("LayerCost(layer.macs // images,", "LayerCost(layer.macs,"),
+    "budget: only from above": ("t = self.solve(move, reach)\n        return torch.where((self", "t = self.solve(move, reach).clamp_min(0)\n        return torch.where((self"),
+    "budget: range ignored": ("move = lambda t: (bits - t * slope).clamp(self.lo, self.hi)", "move = lambda t: bits - t * slope"),
+    "budget: along plain ∇C of weights only": ("self.sizes[0] * bits.flip(0) / cost", "self.sizes[0] * bits / cost"),
+    "budget: infeasible accepted": ("if value < least:", "if False:"),
+    "knapsack: budget exceeded": ("keep = (cost + least[l + 1] <= limits).all(-1) &", "keep = (cost + least[l + 1] <= limits * 1.02).all(-1) &"),
+    "knapsack: fill ignored": ("(potential >= floor)", "(potential >= 0)"),
+    "knapsack: greedy": ("found, complete, width = None, False, 500", "found, complete, width = None, False, 1\n        return sweep(1, fill * (not dearest), math.inf, dearest)[0]"),
+    "policy: cost unchecked": ("if written != value:", "if False:"),
+    "policy: unnamed layers accepted": ("if name in reached and name not in self.layers:", "if False:"),
+    "search: no projection": ("        self.optimizer.step(closure)\n        self.project()\n", "        self.optimizer.step(closure)\n"),
+    "search: β's gradient dropped": ('groups.append({"params": bits, "lr": settings.lr_beta, "base_lr": settings.lr_beta,', 'groups.append({"params": bits, "lr": 0.0, "base_lr": 0.0,'),
+    "run: resumed order differs": ("if k == 0 or step == start:", "if k == 0 or step == start and not (start := 0):"),
+    "run: optimizer not in the checkpoint": ('return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}', 'return {"net": self.net.state_dict(), "optimizer": ASGA(self.optimizer.param_groups, torch.optim.SGD, lr=1, rho_min=0, rho_max=1, alpha=0).state_dict()}'),
+    "data: digits mirrored": ("return Data(\"digits\", [str(d) for d in range(10)], *parts, 32, False)", "return Data(\"digits\", [str(d) for d in range(10)], *parts, 32, True)"),
+    "data: validation in training": ("for mask in (~val, val)]", "for mask in (~val | val, val)]"),
+}
+
+
+def survives(old, new):
+    """The last line of pytest where every test passed, else None."""
+    source = (ROOT / "asga.py").read_text()
+    if source.count(old) != 1:
+        sys.exit(f"asga.py has {source.count(old)} times: {old!r}; mend the list of mutations")
+    with tempfile.TemporaryDirectory() as folder:
+        copy(ROOT / "test_asga.py", folder)
+        copytree(ROOT / "data", Path(folder) / "data", ignore=lambda d, names: [n for n in names if n != "digits.npz"])
+        (Path(folder) / "asga.py").write_text(source.replace(old, new))
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "test_asga.py"],
+                              cwd=folder, capture_output=True, text=True)
+        last = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return None if done.returncode == 1 else done.stdout[-200:], (last or [""])[0][:110]
+
+
+if __name__ == "__main__":
+    unnoticed = 0
+    for name, (old, new) in MUTATIONS.items():
+        if len(sys.argv) < 2 or sys.argv[1] in name:
+            alive, by = survives(old, new)
+            unnoticed += alive is not None
+            print(f"{'UNNOTICED' if alive is not None else 'noticed':10} {name:55} {by}", flush=True)
+    print(f"{unnoticed} unnoticed")
+    sys.exit(1 if unnoticed else 0)
