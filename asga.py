@@ -1035,7 +1035,7 @@ class SearchSettings:
     project: bool = option(True, "remove from g_p what opposes g")
     direction: str = option("mean", "step along the mean of g and g_p, or along g_p alone", choices=["mean", "perturbed"])
     lr: float = option(0.01, "learning rate of weights and quantizer steps (cosine to zero)")
-    lr_beta: float = option(2.0, "learning rate of the bitwidths, in bits (cosine to zero)")
+    lr_beta: float = option(4.0, "learning rate of the bitwidths, in bits (cosine to zero)")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(1e-4, "weight decay of convolution and matrix weights")
 
