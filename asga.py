@@ -618,7 +618,7 @@ def knapsack(values, costs, limits, fill=FILL):
     solution. A first pass with few states finds such a solution; a pass that had to drop none proves it.
     """
     limits = torch.tensor([math.floor(limit) for limit in limits])                                     # [K] int64
-    share = lambda cost: (cost / limits).amax(-1)                                                      # of the budget
+    share = lambda cost: (cost.double() / limits).amax(-1)                                                # of the budget
     order = sorted(range(len(costs)), key=lambda l: -float(share(costs[l].amax(0) - costs[l].amin(0))))
     costs, values = [costs[l] for l in order], [values[l].double() for l in order]
     least = torch.stack([c.amin(0) for c in costs] + [torch.zeros_like(limits)]).flip(0).cumsum(0).flip(0)   # [L+1, K]
@@ -626,17 +626,21 @@ def knapsack(values, costs, limits, fill=FILL):
     if (least[0] > limits).any():
         raise AsgaError(f"budget {limits.tolist()} cannot be met: the cheapest policy costs {least[0].tolist()}")
 
-    def dual(mu):                        # a lower bound for every mu ≥ 0; for mu < 0 through the fill, if K = 1
-        rest = sum((v + mu * (c / limits).mean(-1)).min() for v, c in zip(values, costs))
-        return float(rest - mu * (1 if mu >= 0 else fill))
-
-    signs = (1, -1) if len(limits) == 1 else (1,)
-    multipliers = [0.0] + [sign * 10 ** (e / 8) for sign in signs for e in range(-24, 41)]
-    for spread in (1.0, 0.1, 0.01):
-        mu = max(multipliers, key=dual)
-        multipliers = [mu * (1 + spread * k / 16) for k in range(-8, 9)]
-    bound = dual(mu)
-    excess = [v + mu * (c / limits).mean(-1) for v, c in zip(values, costs)]
+    # Lagrangian bound: Σ min (v + μ ĉ) − μ never exceeds the optimum, for every μ ≥ 0 and every mean ĉ of the budget shares;
+    # for μ < 0, where there is one bound, with −μ · fill. The best μ makes it tight.
+    pad = lambda rows, value: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    table_v, bound = pad(values, math.inf), -math.inf
+    for mix in torch.eye(len(limits)).double() if len(limits) == 1 else torch.tensor([[1.0, 0], [0, 1], [0.5, 0.5]]).double():
+        shares = [(c.double() / limits) @ mix for c in costs]
+        table_c = pad(shares, 0.0)
+        sizes = torch.logspace(-3, 5, 65).double()
+        trial = torch.cat([torch.zeros(1), sizes, -sizes if len(limits) == 1 else sizes])
+        for spread in (0.2, 0.02, 0.0):
+            dual = (table_v + trial[:, None, None] * table_c).amin(-1).sum(-1) - trial * torch.where(trial < 0, fill, 1.0)
+            mu = trial[dual.argmax()]
+            if dual.max() > bound:
+                bound, excess = float(dual.max()), [v + mu * c for v, c in zip(values, shares)]
+            trial = mu * torch.linspace(1 - spread, 1 + spread, 41).double()
     excess = [e - e.min() for e in excess]
 
     def sweep(width, floor, best, dearest):
@@ -649,12 +653,11 @@ def knapsack(values, costs, limits, fill=FILL):
             potential = share((cost + most[l + 1]).minimum(limits))
             keep = (cost + least[l + 1] <= limits).all(-1) & (potential >= floor) & (bound + over <= best + 1e-9)
             index = keep.nonzero()[:, 0]
-            index = index[value[index].argsort(stable=True)]
-            _, group = cost[index].unique(dim=0, return_inverse=True)
-            by_cost = group.argsort(stable=True)                                    # the least value of each cost first
+            for key in (value, *cost.unbind(1)):                     # by cost, among equal costs the least value first
+                index = index[key[index].argsort(stable=True)]
             first = torch.ones(len(index), dtype=torch.bool)
-            first[1:] = group[by_cost][1:] != group[by_cost][:-1]
-            index = index[by_cost[first]]
+            first[1:] = (cost[index][1:] != cost[index][:-1]).any(-1)
+            index = index[first]
             if len(index) > width:
                 score = -potential[index] if dearest else over[index]
                 index, complete = index[score.argsort(stable=True)[:width]], False
@@ -1045,6 +1048,13 @@ class SearchSettings:
             raise AsgaError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.steps < 1:
             raise AsgaError(f"steps {self.steps} leaves nothing to search: give at least 1")
+        for name in ("rho_min", "rho_max", "alpha", "lr", "lr_beta", "momentum", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise AsgaError(f"{name} {getattr(self, name)} must be a finite number, 0 or more")
+        if self.rho_min > self.rho_max:
+            raise AsgaError(f"rho_min {self.rho_min} is above rho_max {self.rho_max}: exchange them, or set both")
+        if not 0 < self.tau < math.inf:
+            raise AsgaError(f"tau {self.tau} must be a finite number above 0")
 
 
 def parameter_groups(model, lr, weight_decay):
@@ -1902,6 +1912,11 @@ class Job:
         for name, least in (("batch_size", 1), ("fp_epochs", 1), ("resolution", 0), ("epochs", 1)):
             if getattr(cfg, name, least) < least:
                 raise AsgaError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least {least}")
+        for name in ("lr", "fp_lr", "weight_decay"):
+            if not 0 <= getattr(cfg, name, 0) < math.inf:
+                raise AsgaError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be a finite number, 0 or more")
+        if not 0 <= cfg.seed < 2 ** 32:
+            raise AsgaError(f"--seed {cfg.seed} must be a whole number from 0 to {2 ** 32 - 1}")
         if not 0 < cfg.images <= 1:
             raise AsgaError(f"--images {cfg.images} must be a share of the training images, above 0 and at most 1")
         Fused.on = cfg.compile
@@ -2151,17 +2166,18 @@ def parse(argv):
     whole = lambda text: check_bits([int(part) for part in text.split(",")])
     whole.__name__ = "list of bitwidths"
     for name, (function, config) in COMMANDS.items():
-        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__, allow_abbrev=False,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
         for field in dataclasses.fields(config):
-            more = {"help": field.metadata["help"].replace("%", "%%"), "default": field.default}
+            default = ",".join(map(str, field.default)) if field.type is tuple else field.default
+            more = {"help": field.metadata["help"] + (f" (default: {default})" if default not in ("", 0) else ""),
+                    "default": default}
             if field.metadata.get("positional"):
                 sub.add_argument(field.name, help=more["help"])
                 continue
             if field.type is bool:
                 more["action"] = argparse.BooleanOptionalAction
             elif field.type is tuple:
-                more.update(type=whole, metavar="2,3,…", default=",".join(map(str, field.default)))
+                more.update(type=whole, metavar="2,3,…")
             else:
                 more.update(type=field.type, choices=field.metadata.get("choices"))
                 if not more["choices"]:
