@@ -1299,6 +1299,7 @@ def import_torchvision():
 
 
 def is_torchvision(arch):
+    """Whether `arch` names a torchvision model (anything but resnet20 and file.py:function)."""
     return arch != "resnet20" and ":" not in arch
 
 
@@ -1384,6 +1385,7 @@ def load_weights(model, arch, source):
 
 
 def download_weights(arch):
+    """State dict of torchvision's pretrained weights; AsgaError where they cannot be had within seconds of silence."""
     models = import_torchvision().models
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
@@ -1824,6 +1826,7 @@ def evaluate(model, part, resolution, device, batch_size=250):
 
 @dataclasses.dataclass
 class Common:
+    """Flags of every command."""
     data: str = option("", "cifar10, digits, or a folder with train/CLASS/* and val/CLASS/*")
     data_root: str = option("data", "where cifar10 is, or is downloaded to")
     classes: str = option("", "only these classes, like 0-4,7")
@@ -1833,6 +1836,7 @@ class Common:
 
 @dataclasses.dataclass
 class Training(Common):
+    """Flags of every command that trains."""
     arch: str = option("resnet20", "resnet20, a torchvision model's name, or path/to/file.py:function")
     weights: str = option("", "full-precision weights: a file, or imagenet (torchvision's)")
     resolution: int = option(0, "side of the images in pixels (default: 64 for torchvision models, else the images' own)")
@@ -1846,12 +1850,14 @@ class Training(Common):
 
 @dataclasses.dataclass
 class Pretraining(Training):
+    """Flags of the commands that start from full-precision weights."""
     fp_epochs: int = option(20, "without --weights: epochs of the full-precision training that comes first")
     fp_lr: float = option(0.1, "without --weights: its learning rate")
 
 
 @dataclasses.dataclass
 class SearchConfig(SearchSettings, Pretraining):
+    """Flags of search."""
     budget: str = option("3bit", BUDGET_HELP + "; join two with a comma")
     cost_resolution: int = option(0, "side at which MACs are counted: that of deployment (default: 224 for torchvision "
                                   "models, else --resolution)")
@@ -1860,6 +1866,7 @@ class SearchConfig(SearchSettings, Pretraining):
 
 @dataclasses.dataclass
 class TransferConfig(Pretraining):
+    """Flags of transfer."""
     policy: str = option("", "policy.json of a search", positional=True)
     arch: str = option("", "default: the policy's")
     cost_resolution: int = option(0, "side at which MACs are counted (default: 224 for torchvision models, else --resolution)")
@@ -1870,16 +1877,19 @@ class TransferConfig(Pretraining):
 
 @dataclasses.dataclass
 class TrainConfig(Training):
+    """Flags of train."""
     epochs: int = option(20, "epochs of full-precision training")
     lr: float = option(0.1, "learning rate (SGD with momentum 0.9, warm-up, cosine to zero)")
 
 
 @dataclasses.dataclass
 class EvalConfig(Common):
+    """Flags of eval."""
     model: str = option("", "model.pt of train or transfer", positional=True)
 
 
 def pick_device(name):
+    """The torch.device of --device; AsgaError where it does not work."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -1898,6 +1908,7 @@ def describe(device):
 
 
 def peak_memory(device):
+    """The most memory in use so far, in words."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on the GPU"
     import resource
@@ -2155,6 +2166,7 @@ COMMANDS = {"search": (cmd_search, SearchConfig), "transfer": (cmd_transfer, Tra
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
     def error(self, message):
         self.exit(2, f"asga: error: {message} ({self.prog} --help lists all)\n")
 
