@@ -22,9 +22,9 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -306,8 +306,8 @@ class Operands(torch.overrides.TorchFunctionMode):
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():                  # a layer that holds other layers must not see their calls
             out = func(layer.input_quantizer(x), layer.weight_quantizer(weight), **names)
-        if layer.macs is not None:
-            layer.macs += out.numel() * weight[0].numel()
+        if layer.tally is not None:
+            layer.tally(out.numel() * weight[0].numel())
         return out
 
 
@@ -350,12 +350,24 @@ def set_quantizers(model, enabled):
             m.enabled = enabled
 
 
+def _own_forward(layer, args):
+    """A hook that does nothing, but for which torch's fused transformer layers would multiply with our weights themselves."""
+
+
 def _attach(layer, weight_quantizer, input_quantizer):
     if not isinstance(layer, QuantizedLayer):
-        layer.operand_shape, layer.macs = layer.weight.shape, None
+        layer.operand_shape, layer.tally = layer.weight.shape, None
         layer.__class__ = twin(type(layer))
+        layer.register_forward_pre_hook(_own_forward)
     layer.weight_quantizer = weight_quantizer.to(layer.weight.device)
     layer.input_quantizer = input_quantizer.to(layer.weight.device)
+
+
+def _copy(model):
+    """deepcopy, also of networks that keep a computed tensor (an activation, old weight_norm), which deepcopy refuses."""
+    computed = {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values()
+                if torch.is_tensor(t) and t.grad_fn is not None}
+    return copy.deepcopy(model, computed)
 
 
 def _as_args(example_inputs):
@@ -386,18 +398,17 @@ def trace(model, example_inputs):
     example_inputs: a tensor [N, C, H, W] or a tuple of arguments. MACs are per image, counted at the operands, so
     groups, strides, padding by hand and repeated calls are right. The model is left as it was.
     """
-    model = copy.deepcopy(model)
-    order = {}
-    for name, layer in layers_of(model).items():
+    model, macs = _copy(model), {}
+    found = layers_of(model)
+    for name, layer in found.items():
         if not isinstance(layer, QuantizedLayer):
             _attach(layer, Quantizer(8), Quantizer(8))
-        layer.macs = 0
-        layer.register_forward_hook(lambda layer, args, out, name=name: order.setdefault(name, layer) and None)
+        layer.tally = lambda count, name=name: macs.update({name: macs.get(name, 0) + count})
     set_quantizers(model, False)
     args = _as_args(example_inputs)
     _run_eval(model, args)
     images = next((len(a) for a in args if torch.is_tensor(a) and a.dim() > 1), 1)
-    return {name: LayerCost(layer.macs // images, layer.weight.numel()) for name, layer in order.items() if layer.macs}
+    return {name: LayerCost(count // images, found[name].weight.numel()) for name, count in macs.items()}
 
 
 def edge_bits(names, keep):
@@ -409,7 +420,7 @@ def edge_bits(names, keep):
     if isinstance(keep, int):
         kept = dict.fromkeys([names[0], names[-1]], keep)
     else:
-        kept = dict(keep) if isinstance(keep, dict) else dict.fromkeys([keep] if isinstance(keep, str) else keep, 8)
+        kept = dict(keep) if isinstance(keep, dict) else dict.fromkeys(keep, 8)
     for name, bits in kept.items():
         check_bits(bits)
         if name not in names:
@@ -430,30 +441,38 @@ def quantize(model, bits_or_policy, *, keep=8, example_inputs=None, relaxation="
     found = layers_of(model)
     if not found:
         raise AsgaError(f"{type(model).__name__} has no Conv2d and no Linear layer: there is nothing to quantize")
-    reached = list(trace(model, example_inputs)) if example_inputs is not None else list(found)
     if isinstance(bits_or_policy, Policy):
         bits_or_policy.check(model, example_inputs)
-        choices = {name: ((w,), (a,)) for name, (w, a) in bits_or_policy.layers.items()}
+        choices = bits_or_policy.choices
     else:
+        reached = list(trace(model, example_inputs)) if example_inputs is not None else list(found)
         pair = bits_or_policy if isinstance(bits_or_policy, dict) else {"w": bits_or_policy, "a": bits_or_policy}
         kept = edge_bits(reached, keep)
-        choices = {name: ((kept[name],),) * 2 if name in kept else (check_bits(pair["w"]), check_bits(pair["a"]))
-                   for name in reached}
-    model = copy.deepcopy(model)
-    found = layers_of(model)
-    fresh = not any(isinstance(layer, QuantizedLayer) for layer in found.values())
-    for name, (w, a) in choices.items():
-        layer = found[name]
-        if isinstance(layer, QuantizedLayer):
-            if len(w) > 1 or len(a) > 1:
-                raise AsgaError("the network is quantized already: quantize the original, or give a policy")
-            _attach(layer, layer.weight_quantizer.select(w[0]), layer.input_quantizer.select(a[0]))
-            continue
-        _attach(layer, Quantizer(w, True, relaxation, tau), Quantizer(a, None, relaxation, tau))
-        if type(layer).__mro__[2].forward in (nn.Conv2d.forward, nn.Linear.forward):
+        choices = {name: ((kept[name],),) * 2 if name in kept else (pair["w"], pair["a"]) for name in reached}
+    net = attach_quantizers(model, choices, relaxation, tau)
+    if quantized_layers(model):
+        return net
+    if example_inputs is not None:
+        calibrate(net, [example_inputs])
+    for layer in quantized_layers(net).values():
+        if layer.weight_quantizer.steps.isnan().any() and type(layer).__mro__[2].forward in (nn.Conv2d.forward, nn.Linear.forward):
             layer.weight_quantizer.calibrate(layer.weight)     # others: at the first call, on the operand that they make
-    if fresh and example_inputs is not None:
-        calibrate(model, [example_inputs])
+    return net
+
+
+def attach_quantizers(model, choices, relaxation="interpolate", tau=1.0):
+    """A copy of `model` whose layers named in choices {name: (candidates w, candidates a)} are quantized, not calibrated.
+    Layers that are quantized already must get one candidate each, and keep the step learned for it."""
+    model = _copy(model)
+    found = layers_of(model)
+    for name, (w, a) in choices.items():
+        layer, w, a = found[name], check_bits(w), check_bits(a)
+        if not isinstance(layer, QuantizedLayer):
+            _attach(layer, Quantizer(w, True, relaxation, tau), Quantizer(a, None, relaxation, tau))
+        elif len(w) == len(a) == 1:
+            _attach(layer, layer.weight_quantizer.select(w[0]), layer.input_quantizer.select(a[0]))
+        else:
+            raise AsgaError("the network is quantized already: quantize the original, or give a policy")
     return model
 
 
@@ -510,6 +529,8 @@ class Budget:
             if kind in self.limits:
                 raise AsgaError(f"budget {self.spec!r} bounds {kind} twice: give one bound on BOPs, one on the size")
             least, most = (self.cost(bits)[kind].item() for bits in (self.lo, self.hi))
+            if value > most * (1 + 1e-9):
+                say(f"budget {part.strip()!r} is more than the dearest policy costs: nothing has to be given up for it")
             if value < least:
                 unit = (lambda v: human(v) + " BOPs") if kind == "bops" else (lambda v: human(v / 8) + "B")
                 raise AsgaError(f"budget {part.strip()!r} = {unit(value)} cannot be met: with these candidates the network "
@@ -588,7 +609,10 @@ class Budget:
 
     def uniform(self):
         """bits [2, L] of the (fractional) uniform policy that spends 1: where a search starts."""
-        move = lambda t: (-t).expand_as(self.lo).clamp(self.lo, self.hi)
+        def move(t):
+            bits = (-t).expand_as(self.lo).clamp(self.lo, self.hi)
+            return bits if "bops" in self.limits else torch.stack([bits[0], self.hi[1]])     # activations are free of size
+
         return move(self.solve(move, self.hi.max()))
 
     def choose(self, penalties):
@@ -739,8 +763,8 @@ class ASGA(torch.optim.Optimizer):
             raise ValueError(f"direction {direction!r}: use 'mean' or 'perturbed'")
         params = list(params)
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-        groups = [{**group, "params": [group["params"]] if torch.is_tensor(group["params"]) else list(group["params"])}
-                  for group in groups]
+        groups = [{**group, "params": [group["params"]] if torch.is_tensor(group["params"]) else
+                   [p[1] if isinstance(p, tuple) else p for p in group["params"]]} for group in groups]   # named_parameters()
         if isinstance(base_optimizer, torch.optim.Optimizer):
             still = {id(p) for group in groups if not group.get("perturb", True) for p in group["params"]}
             given = {id(p) for group in groups for p in group["params"]}
@@ -817,9 +841,9 @@ class ASGA(torch.optim.Optimizer):
         """closure() with the random draws of the first pass; whatever it does to buffers of modules is undone."""
         saved = {}
 
-        def save(module, args):
-            if module.training and module not in saved:
-                saved[module] = [(name, b, b.clone()) for name, b in module._buffers.items() if b is not None]
+        def save(module, args):                 # with all that is inside: compiled and scripted modules call no hooks there
+            for m in module.modules() if module not in saved else ():
+                saved.setdefault(m, [(name, b, b.clone()) for name, b in m._buffers.items() if b is not None and m.training])
 
         hook = torch.nn.modules.module.register_module_forward_pre_hook(save)
         cpu, cuda = draws
@@ -857,10 +881,12 @@ def write_atomic(path, write):
     try:
         write(part)
         os.replace(part, path)
-    except OSError as error:
-        raise AsgaError(f"cannot write {path}: {error.strerror or error}; give --out a folder that you may write to")
+    except (OSError, RuntimeError) as error:                               # RuntimeError: torch.save, on a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise AsgaError(f"cannot write {path} ({reason}): make room, or give --out a folder that you may write to")
     finally:
-        part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink()
 
 
 def write_json(path, data):
@@ -888,15 +914,20 @@ class Policy:
     info: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        self.layers = {name: tuple(bits) for name, bits in self.layers.items()}
         for name, bits in self.layers.items():
-            if len(bits) != 2:
+            if not isinstance(bits, (tuple, list)) or len(bits) != 2:
                 raise AsgaError(f"layer {name}: {bits!r} is not a pair of bitwidths (weights, activations)")
             for b in bits:
                 try:
                     check_bits((b,))
                 except AsgaError as error:
                     raise AsgaError(f"layer {name}: {error}")
+        self.layers = {name: tuple(bits) for name, bits in self.layers.items()}
+
+    @property
+    def choices(self):
+        """{name: ((w,), (a,))}, for attach_quantizers."""
+        return {name: ((w,), (a,)) for name, (w, a) in self.layers.items()}
 
     def _total(self, each):
         missing = [name for name in self.layers if name not in self.sizes]
@@ -921,16 +952,19 @@ class Policy:
         return self._total(lambda s, w, a: s.macs * w) / macs, self._total(lambda s, w, a: s.macs * a) / macs
 
     def measure(self, model, example_inputs):
-        """The same bits with the MACs and sizes of `model` at these inputs (another resolution, other classes)."""
+        """The same bits with the MACs and sizes of `model` at these inputs (another resolution, other classes), checked."""
         sizes = trace(model, example_inputs)
+        self._fit(model, sizes)
         return Policy(self.layers, {name: sizes[name] for name in self.layers if name in sizes}, self.info)
 
     def check(self, model, example_inputs=None):
         """Raises AsgaError with the first layer that does not fit `model`: its name or its number of weights. The last
         layer may have another number of outputs: the target has its own classes. Layers that no forward pass reaches
         need no bits; only with example_inputs can that be known."""
+        self._fit(model, trace(model, example_inputs) if example_inputs is not None else layers_of(model))
+
+    def _fit(self, model, reached):
         found = layers_of(model)
-        reached = set(trace(model, example_inputs)) if example_inputs is not None else set(found)
         for name in self.layers:
             if name not in found:
                 near = difflib.get_close_matches(name, found, 1)
@@ -974,6 +1008,8 @@ class Policy:
             raise AsgaError(f"{path} is not an ASGA policy: its \"format\" is not \"asga-policy\"")
         if data.get("version") != 1:
             raise AsgaError(f"{path} has policy version {data.get('version')!r}; this asga.py reads version 1")
+        if not isinstance(data.get("arch"), str):
+            raise AsgaError(f"{path} has {data.get('arch')!r} as \"arch\": it must name the network")
         layers = data.get("layers")
         if not isinstance(layers, dict) or not layers:
             raise AsgaError(f"{path} has no \"layers\": they map each layer's name to w, a, macs and numel")
@@ -1009,6 +1045,13 @@ def versions():
 def option(default, help, **more):
     """A dataclass field whose documentation makes its command-line flag."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+def check_finite(settings, names):
+    """AsgaError for the first of these settings that is negative, infinite or no number."""
+    for name in names:
+        if not 0 <= getattr(settings, name, 0) < math.inf:
+            raise AsgaError(f"{name.replace('_', '-')} {getattr(settings, name)} must be a finite number, 0 or more")
 
 
 METHODS = {
@@ -1048,9 +1091,7 @@ class SearchSettings:
             raise AsgaError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.steps < 1:
             raise AsgaError(f"steps {self.steps} leaves nothing to search: give at least 1")
-        for name in ("rho_min", "rho_max", "alpha", "lr", "lr_beta", "momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise AsgaError(f"{name} {getattr(self, name)} must be a finite number, 0 or more")
+        check_finite(self, ("rho_min", "rho_max", "alpha", "lr", "lr_beta", "momentum", "weight_decay"))
         if self.rho_min > self.rho_max:
             raise AsgaError(f"rho_min {self.rho_min} is above rho_max {self.rho_max}: exchange them, or set both")
         if not 0 < self.tau < math.inf:
@@ -1092,7 +1133,7 @@ def plan(model, example_inputs, budget, settings):
     if left:
         say(f"not quantized, as a forward pass never calls them: {', '.join(left)}")
     kept = edge_bits(list(layers), settings.keep)
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device                    # a layer was found, so there are parameters
     ends = [[[kept.get(name, end(c)) for name in layers] for c in (settings.candidates_w, settings.candidates_a)]
             for end in (min, max)]
     return Budget(budget, layers, *torch.tensor(ends, dtype=torch.float64, device=device)), kept
@@ -1104,11 +1145,11 @@ class Search:
     model: full-precision network (stays as it was). budget, kept: of plan(). batches: inputs to calibrate with.
     """
 
-    def __init__(self, model, example_inputs, budget, kept, settings, batches):
+    def __init__(self, model, budget, kept, settings, batches):
         self.budget, self.settings = budget, settings
-        candidates = {"w": settings.candidates_w, "a": settings.candidates_a}
-        self.net = quantize(model, candidates, keep=kept, example_inputs=example_inputs,
-                            relaxation=settings.relaxation, tau=settings.tau)
+        free = (settings.candidates_w, settings.candidates_a)
+        choices = {name: ((kept[name],),) * 2 if name in kept else free for name in budget.names}
+        self.net = attach_quantizers(model, choices, settings.relaxation, settings.tau)
         calibrate(self.net, batches)
         layers = quantized_layers(self.net)
         self.quantizers = [[getattr(layers[name], kind) for name in budget.names]                           # [2][L]
@@ -1186,6 +1227,8 @@ class Search:
 
     def policy(self, **info):
         """The whole-bit Policy nearest to the present bits within the budget (exact knapsack). info: keys of the file."""
+        if not self.bits().isfinite().all():
+            raise AsgaError("the bitwidths are no longer numbers, as the loss was none: lower lr or lr_beta, check the data")
         rows = [[self._penalty(q) for q in row] for row in self.quantizers]
         penalties = [{(w, a): pw + pa for w, pw in ws.items() for a, pa in as_.items()} for ws, as_ in zip(*rows)]
         sizes = {name: LayerCost(*size) for name, size in zip(self.budget.names, self.budget.sizes.t().long().tolist())}
@@ -1210,7 +1253,7 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     """Search a Policy for `model` (full precision, trained; stays as it was) on a proxy data set.
 
     batches: (inputs, targets) pairs that can be iterated again and again (a list, a DataLoader), on any device; inputs are
-    a tensor or a tuple of arguments. loss_fn(outputs, targets) → scalar. budget: BUDGET_HELP. settings: fields of
+    a tensor or a tuple of arguments. loss_fn(outputs, targets) → scalar; outputs are the first where the network returns more. budget: BUDGET_HELP. settings: fields of
     SearchSettings. example_inputs: what MACs are counted on, the first input of the first batch by default: give one of
     the resolution that you will deploy. on_step(step, record): called after each step. Raises AsgaError for settings and
     budgets that make no sense, before any training.
@@ -1218,7 +1261,7 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     settings = SearchSettings(**settings)
     if iter(batches) is batches:
         raise AsgaError("batches can be read only once: give a list or a DataLoader, not a generator")
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     move = lambda v: v.to(device) if torch.is_tensor(v) else type(v)(map(move, v)) if isinstance(v, (tuple, list)) else v
     warm = [move(x) for x, _ in itertools.islice(batches, 4)]
     if not warm:
@@ -1226,7 +1269,7 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     if example_inputs is None:
         example_inputs = tuple(a[:1] for a in _as_args(warm[0]))
     budget, kept = plan(model, example_inputs, budget, settings)
-    run = Search(model, example_inputs, budget, kept, settings, warm)
+    run = Search(model, budget, kept, settings, warm)
     stream = itertools.chain.from_iterable(batches for _ in itertools.count())
     for done, (x, y) in enumerate(itertools.islice(stream, settings.steps if settings.method != "uniform" else 0)):
         record = run.step(move(x), move(y), loss_fn, done)
@@ -1323,8 +1366,8 @@ def build(arch, num_classes):
         raise AsgaError(f"arch {arch!r}: there is no file {path}; write path/to/file.py:function")
     sys.path.insert(0, str(Path(path).resolve().parent))                        # it may import its neighbours
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location("asga_user_network", path)
+        module = sys.modules["asga_user_network"] = importlib.util.module_from_spec(spec)     # dataclasses look it up there
         spec.loader.exec_module(module)
         if not hasattr(module, function):
             raise AsgaError(f"arch {arch!r}: {path} has no function {function!r}")
@@ -1341,17 +1384,22 @@ def build(arch, num_classes):
     return model
 
 
-def check_network(model, arch, num_classes, resolution, device):
-    """An input [1, 3, R, R] that the network takes; AsgaError where it does not, or gives no [1, num_classes]."""
+def check_network(model, arch, num_classes, resolution, device, batch=0):
+    """An input [1, 3, R, R] that the network takes; AsgaError where it does not, gives no [1, num_classes], or, with
+    `batch`, does not take a batch of that size in training."""
     x = torch.zeros(1, 3, resolution, resolution, device=device)
     try:
         out = first_output(_run_eval(model, (x,)))
-    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
-        raise AsgaError(f"{arch} does not take {resolution}x{resolution} images ({str(error).splitlines()[0]}): "
-                        f"try another --resolution or --cost-resolution")
-    if tuple(out.shape) != (1, num_classes):
-        raise AsgaError(f"{arch} returns shape {tuple(out.shape)} for one image, not (1, {num_classes}): it must give one "
-                        f"logit per class")
+        if batch:
+            with torch.random.fork_rng(), torch.no_grad():
+                _copy(model).train()(x.expand(batch, -1, -1, -1))
+    except Exception as error:                                                   # whatever somebody's network can raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise AsgaError(f"{arch} does not take {resolution}x{resolution} images, {max(1, batch)} at a time ({reason}): try "
+                        f"another --resolution, --cost-resolution or --batch-size")
+    if not torch.is_tensor(out) or tuple(out.shape) != (1, num_classes):
+        raise AsgaError(f"{arch} returns {tuple(out.shape) if torch.is_tensor(out) else type(out).__name__} for one image, not "
+                        f"(1, {num_classes}): it must give one logit per class")
     return x
 
 
@@ -1364,11 +1412,12 @@ def load_weights(model, arch, source):
         state = download_weights(arch)
     else:
         state = read_checkpoint(source)
-        if state.get("policy"):
+        if state.get("policy") or state.get("format") == "asga-supernet":
             raise AsgaError(f"{source} is a quantized network: give the full-precision weights that it came from")
-        state = state.get("state", state.get("state_dict", state.get("model", state)))
+        for key in ("state", "state_dict", "model"):
+            state = state[key] if isinstance(state.get(key), dict) else state
     own = model.state_dict()
-    state = {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    state = {str(key).removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in own]
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
@@ -1403,7 +1452,7 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise AsgaError(f"cannot read {path}: {error.strerror or error}")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+    except Exception:                                                            # whatever broken bytes can raise
         raise AsgaError(f"{path} is not a PyTorch file of plain tensors: save a state dict with torch.save")
     if not isinstance(state, dict):
         raise AsgaError(f"{path} holds a {type(state).__name__}, not a state dict: save model.state_dict()")
@@ -1416,6 +1465,16 @@ def read_checkpoint(path):
 
 DIGITS = Path(__file__).resolve().parent / "data" / "digits.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, which pretrained networks expect, for all sets
+
+
+def read_image(path, look):
+    """look(the opened PIL image); AsgaError names a file that is no readable image."""
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            return look(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise AsgaError(f"{path} is not a readable image ({str(error).splitlines()[0]}): mend or delete it")
 
 
 def _ignore_interrupts(worker):
@@ -1441,19 +1500,15 @@ class ImageSet(torch.utils.data.Dataset):
 
     def decode(self, i):
         """uint8 [3, S, S]: the shorter side resized to S, the centre cut out."""
-        from PIL import Image
-        try:
-            with Image.open(self.images[i]) as image:
-                image = image.convert("RGB")
-                scale = self.size / min(image.size)
-                if scale != 1:
-                    image = image.resize([max(self.size, round(side * scale)) for side in image.size],
-                                         Image.Resampling.BILINEAR)
-                left, top = ((side - self.size) // 2 for side in image.size)
-                image = image.crop((left, top, left + self.size, top + self.size))
-                pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise AsgaError(f"{self.images[i]} is not a readable image ({str(error).splitlines()[0]}): mend or delete it")
+        def fit(image):
+            image = image.convert("RGB")
+            scale = self.size / min(image.size)
+            if scale != 1:
+                image = image.resize([max(self.size, round(side * scale)) for side in image.size], resample=2)     # bilinear
+            left, top = ((side - self.size) // 2 for side in image.size)
+            return image.crop((left, top, left + self.size, top + self.size)).tobytes()
+
+        pixels = torch.frombuffer(bytearray(read_image(self.images[i], fit)), dtype=torch.uint8)
         return pixels.view(self.size, self.size, 3).permute(2, 0, 1)
 
     def __getitem__(self, i):
@@ -1487,7 +1542,8 @@ class ImageSet(torch.utils.data.Dataset):
             return
         plan_, order = itertools.tee(indices)
         loader = torch.utils.data.DataLoader(self, batch_sampler=(i.tolist() for i in plan_), collate_fn=list,
-                                             num_workers=os.cpu_count(), worker_init_fn=_ignore_interrupts)
+                                             num_workers=os.cpu_count(), worker_init_fn=_ignore_interrupts,
+                                             generator=torch.Generator())      # the global one is the network's
         for images, index in zip(loader, order):
             for image in images:
                 if isinstance(image, AsgaError):
@@ -1628,14 +1684,9 @@ def image_folder(name):
     if found[0].classes != found[1].classes:
         odd = sorted(set(found[0].classes) ^ set(found[1].classes))[0]
         raise AsgaError(f"--data {name}: class {odd!r} is in only one of train/ and val/")
-    from PIL import Image
     sides = set()
     for path, _ in found[0].samples[::max(1, len(found[0]) // 32)]:
-        try:
-            with Image.open(path) as image:
-                sides.update(image.size)
-        except OSError as error:
-            raise AsgaError(f"{path} is not a readable image ({str(error).splitlines()[0]}): mend or delete it")
+        sides.update(read_image(path, lambda image: image.size))
     size = sides.pop() if len(sides) == 1 else None
     parts = [ImageSet([path for path, _ in f.samples], f.targets, size) for f in found]
     return Data(str(name), found[0].classes, *parts, size, True)
@@ -1689,20 +1740,21 @@ class Progress:
 class Run:
     """The folder of one command. A run with the same settings in the same folder goes on where it was stopped."""
 
-    def __init__(self, out, command, settings, results):
+    def __init__(self, out, command, settings, result):
         self.out = Path(out)
         settings = json.loads(json.dumps(settings))
         settings.pop("out", None)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             old = json.loads((self.out / "config.json").read_text()) if (self.out / "config.json").exists() else None
+            if old is not None and not isinstance(old.get("settings") if isinstance(old, dict) else None, dict):
+                raise ValueError("its config.json is not one of ours")
         except (OSError, ValueError) as error:
             raise AsgaError(f"--out {out} cannot be used ({error}): give another folder")
-        present = [name for name in results if (self.out / name).exists()]
-        if present:
-            raise AsgaError(f"--out {out} holds a finished {present[0]}: give another folder, or delete it first")
+        if (self.out / result).exists():                                              # written last: the run was finished
+            raise AsgaError(f"--out {out} holds a finished {result}: give another folder, or delete it first")
         if old is not None:
-            other = [k for k, v in settings.items() if old.get("settings", {}).get(k, v) != v]
+            other = [k for k, v in settings.items() if old["settings"].get(k, v) != v]
             if old.get("command") != command or other:
                 what = f"{other[0]} {old['settings'][other[0]]!r}" if other else f"command {old.get('command')!r}"
                 raise AsgaError(f"--out {out} holds an unfinished run with {what}: give another folder, or delete it")
@@ -1744,8 +1796,11 @@ class Run:
                                     f"rate or other weights, in a new --out")
                 lines.append(json.dumps(record) + "\n")
             pending.clear()
-            with open(log, "a") as file:
-                file.writelines(lines)
+            try:
+                with open(log, "a") as file:
+                    file.writelines(lines)
+            except OSError as error:
+                raise AsgaError(f"cannot write {log} ({error.strerror}): make room")
             progress.show(done, **report(record))
 
         def ask(signum, frame):
@@ -1764,10 +1819,11 @@ class Run:
                 if done == start:
                     progress.begin(done + 1)
                 pending.append({"step": done, **record, "time": round(before + now - began, 3)})
-                if now - flushed > 0.5 or done + 1 == total or asked:
-                    flush(done + 1)
+                due = now - saved > 60 or done + 1 == total or asked
+                if now - flushed > 0.5 or due:
+                    flush(done + 1)                                         # first, so that no checkpoint is ahead of its log
                     flushed = now
-                if now - saved > 60 or done + 1 == total or asked:
+                if due:
                     save(done + 1)
                     saved = now
                 if asked:
@@ -1894,8 +1950,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise AsgaError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): use --device cpu")
     return device
 
@@ -1923,9 +1979,7 @@ class Job:
         for name, least in (("batch_size", 1), ("fp_epochs", 1), ("resolution", 0), ("epochs", 1)):
             if getattr(cfg, name, least) < least:
                 raise AsgaError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least {least}")
-        for name in ("lr", "fp_lr", "weight_decay"):
-            if not 0 <= getattr(cfg, name, 0) < math.inf:
-                raise AsgaError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be a finite number, 0 or more")
+        check_finite(cfg, ("lr", "fp_lr", "weight_decay"))
         if not 0 <= cfg.seed < 2 ** 32:
             raise AsgaError(f"--seed {cfg.seed} must be a whole number from 0 to {2 ** 32 - 1}")
         if not 0 < cfg.images <= 1:
@@ -1951,19 +2005,20 @@ class Job:
         self.style = ("flip" if self.data.flip else "crop") if cfg.augment == "auto" else cfg.augment
         torch.manual_seed(cfg.seed)
         self.model = build(cfg.arch, len(self.data.classes)).to(self.device, memory_format=torch.channels_last)
-        check_network(self.model, cfg.arch, len(self.data.classes), self.resolution, self.device)
+        check_network(self.model, cfg.arch, len(self.data.classes), self.resolution, self.device,
+                      batch=min(cfg.batch_size, len(self.train), 2))
         self.cost_resolution = getattr(cfg, "cost_resolution", 0) or (
             224 if is_torchvision(cfg.arch) else self.resolution)
         self.example = check_network(self.model, cfg.arch, len(self.data.classes), self.cost_resolution, self.device)
         if cfg.weights:
             load_weights(self.model, cfg.arch, cfg.weights)
 
-    def start(self, results):
+    def start(self, result):
         """Make --out and its config.json."""
         cfg = self.cfg
         label = f"{Path(cfg.arch).name.partition(':')[2] or cfg.arch}-{Path(cfg.data).name}"
         cfg.out = cfg.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}"
-        self.run = Run(cfg.out, self.command, dataclasses.asdict(cfg), results)
+        self.run = Run(cfg.out, self.command, dataclasses.asdict(cfg), result)
 
     def stream(self):
         return training_stream(self.train, self.cfg.batch_size, self.device, self.resolution, self.cfg.seed, self.style)
@@ -2028,16 +2083,14 @@ def show_policy(policy, budget):
     """The table of layers, and what the policy costs."""
     print(table([(name, human(policy.sizes[name].macs), w, a) for name, (w, a) in policy.layers.items()],
                 ("layer", "MACs", "w bits", "a bits")))
-    uniform = budget.uniform()
-    free = (budget.lo < budget.hi).any(0)
-    reference = uniform[:, free].mean().item() if free.any() else math.nan
+    reference = [row[free].mean().item() for row, free in zip(budget.uniform(), budget.lo < budget.hi)]
     w, a = policy.mean_bits
     limits = ", ".join(f"{human(v)} BOPs" if k == "bops" else f"{human(v / 8)}B" for k, v in budget.limits.items())
     spent = budget.spent(torch.tensor(list(policy.layers.values()), device=budget.lo.device).t()).item()
     print(f"cost               {human(policy.bops)} BOPs, {human(policy.weight_bits / 8)}B of weights")
     print(f"budget             {budget.spec} = {limits}; {100 * spent:.2f} % spent")
     print(f"mean bits          w {w:.2f}, a {a:.2f} (weighted by MACs)")
-    print(f"uniform reference  {reference:.2f}/{reference:.2f} bits cost the same")
+    print("uniform reference  " + "/".join("fixed" if math.isnan(b) else f"{b:.2f}" for b in reference) + " bits (w/a)")
 
 
 def cmd_search(cfg):
@@ -2049,7 +2102,7 @@ def cmd_search(cfg):
             say(f"cifar10 is not in {cfg.data_root} and its server does not answer: falling back to digits (--data DIR)")
     job = Job(cfg, "search")
     budget, kept = plan(job.model, job.example, cfg.budget, cfg)
-    job.start(["policy.json", "supernet.pt"])
+    job.start("policy.json")
     if cfg.random_weights:
         say("warning: searching from random weights; a policy found so is rarely worth carrying over")
         fp_seconds = 0.0
@@ -2058,7 +2111,7 @@ def cmd_search(cfg):
     torch.manual_seed(cfg.seed)
     warm = [x for x, _ in itertools.islice(job.stream()(0), 4)]
     began = time.monotonic()
-    run = Search(job.model, job.example, budget, kept, cfg, warm)
+    run = Search(job.model, budget, kept, cfg, warm)
     steps = 0 if cfg.method == "uniform" else cfg.steps
     seconds = time.monotonic() - began
     if steps:
@@ -2072,7 +2125,7 @@ def cmd_search(cfg):
         search={"method": cfg.method, "seed": cfg.seed, "seconds": round(seconds, 3), "device": describe(job.device),
                 "settings": dataclasses.asdict(cfg)})
     metrics = {"full_precision": job.evaluate(job.model), "supernet": job.evaluate(run.net),
-               "policy": job.evaluate(quantize(run.net, policy, example_inputs=job.example)), "policy_bops": policy.bops,
+               "policy": job.evaluate(attach_quantizers(run.net, policy.choices)), "policy_bops": policy.bops,
                "fp_seconds": round(fp_seconds, 3), "seconds": round(seconds, 3)}
     out = job.run.out
     job.save(out / "supernet.pt", run.net, form="asga-supernet")
@@ -2095,13 +2148,12 @@ def cmd_transfer(cfg):
     if not cfg.data:
         raise AsgaError("transfer needs --data: the target set, cifar10, digits, or a folder")
     job = Job(cfg, "transfer")
-    policy.check(job.model, job.example)
     policy = policy.measure(job.model, job.example)
-    job.start(["model.pt", "metrics.json"])
+    job.start("metrics.json")
     fp_seconds = job.full_precision()
     torch.manual_seed(cfg.seed)
     began = time.monotonic()
-    net = quantize(job.model, policy, example_inputs=job.example)
+    net = attach_quantizers(job.model, policy.choices)
     calibrate(net, (x for x, _ in itertools.islice(job.stream()(0), 4)))
     metrics = {"full_precision": job.evaluate(job.model), "quantized": job.evaluate(net)}
     seconds = time.monotonic() - began + job.tune(net, "transfer", cfg.epochs, cfg.lr, cfg.weight_decay, warmup=0.0)
@@ -2125,7 +2177,7 @@ def cmd_train(cfg):
     """Train full-precision weights, where a user has none."""
     cfg.data = cfg.data or "cifar10"
     job = Job(cfg, "train")
-    job.start(["model.pt", "metrics.json"])
+    job.start("metrics.json")
     seconds = job.tune(job.model, "train", cfg.epochs, cfg.lr, 5e-4, warmup=0.1)
     metrics = {"full_precision": job.evaluate(job.model), "seconds": round(seconds, 3)}
     job.save(job.run.out / "model.pt", job.model)
@@ -2148,9 +2200,8 @@ def cmd_eval(cfg):
         raise AsgaError(f"{cfg.model} knows the classes {', '.join(state['classes'])[:80]}; --data {cfg.data} "
                         f"{cfg.classes and '--classes ' + cfg.classes} has {', '.join(data.classes)[:80]}")
     model = build(state["arch"], len(data.classes)).to(device, memory_format=torch.channels_last)
-    example = check_network(model, state["arch"], len(data.classes), state["resolution"], device)
     if state["policy"]:
-        model = quantize(model, Policy.from_json(state["policy"], cfg.model), example_inputs=example)
+        model = attach_quantizers(model, Policy.from_json(state["policy"], cfg.model).choices)
     try:
         model.load_state_dict(state["state"])
     except RuntimeError as error:
@@ -2175,8 +2226,13 @@ def parse(argv):
     """(command function, its filled-in config)."""
     parser = Parser("python asga.py", description="Mixed-precision quantization policies by ASGA.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    whole = lambda text: check_bits([int(part) for part in text.split(",")])
-    whole.__name__ = "list of bitwidths"
+
+    def whole(text):
+        try:
+            return check_bits([int(part) for part in text.split(",")])
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of bitwidths like 2,3,4 ({error})")
+
     for name, (function, config) in COMMANDS.items():
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
         for field in dataclasses.fields(config):
@@ -2216,7 +2272,7 @@ def main(argv=None):
     except (Stopped, KeyboardInterrupt) as stop:
         out = getattr(cfg, "out", "")
         where = [] if "--out" in argv or not out else ["--out", out]
-        print(f"\nasga: {stop or 'stopped'}; go on with: python asga.py {' '.join([*argv, *where])}", file=sys.stderr)
+        print(f"\nasga: {stop or 'stopped'}; go on with: python asga.py {shlex.join([*argv, *where])}", file=sys.stderr)
         return 130
     return 0
 

@@ -22,5 +22,5 @@ if [ "$what" = test ]; then
 fi
 
 out=runs/quick-$(date +%Y%m%d-%H%M%S)
-"$python" asga.py search --data digits --classes 0-4 --budget 3bit --steps 60 --fp-epochs 15 --out "$out/search"
-"$python" asga.py transfer "$out/search/policy.json" --data digits --classes 5-9 --fp-epochs 15 --epochs 5 --out "$out/transfer"
+"$python" asga.py search --data digits --classes 0-4 --budget 3bit --steps 40 --fp-epochs 12 --out "$out/search"
+"$python" asga.py transfer "$out/search/policy.json" --data digits --classes 5-9 --fp-epochs 12 --epochs 5 --out "$out/transfer"

@@ -367,6 +367,42 @@ def test_a_layer_inside_a_layer_is_quantized_once():
     assert len(calls) == len(set(calls)) == 2
 
 
+class Remembers(nn.Module):
+    """Keeps an activation, which deepcopy refuses, and calls a layer's forward past its hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 7)
+
+    def forward(self, x):
+        self.seen = self.b.forward(self.a(x))
+        return self.head(self.seen.mean((2, 3)))
+
+
+def test_networks_that_keep_activations_or_call_forward_directly():
+    model, x = Remembers(), torch.randn(2, 3, 8, 8)
+    model(x)
+    assert list(asga.trace(model, x)) == ["a", "b", "head"]
+    net = quantize(model, 2, keep=None, example_inputs=x)
+    assert len(asga.quantized_layers(net)) == 3 and not torch.equal(net(x), model(x))
+    assert model.seen.grad_fn is not None and list(search(model, [(x, torch.tensor([0, 1]))], F.cross_entropy, "3bit", steps=1).layers)
+
+
+def test_transformer_layers_are_quantized_in_evaluation_too():
+    """torch's fused path multiplies with the weights itself, past the layers: it must be off."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 5, 6)
+    names = list(asga.trace(model, x))
+    assert names == ["0", "1.linear1", "1.linear2", "2"]
+    net = quantize(model, 2, keep=None, example_inputs=x).eval()
+    calls = []
+    for name, layer in asga.quantized_layers(net).items():
+        layer.weight_quantizer.register_forward_hook(lambda q, a, o, name=name: calls.append(name))
+    with torch.no_grad():
+        assert not torch.equal(net(x), model(x))
+    assert calls == names
+
+
 def test_edge_layers_keep_and_unreached_layers():
     x = torch.randn(2, 3, 24, 24)
     bits = lambda net: {n: (l.weight_quantizer.bits, l.input_quantizer.bits) for n, l in asga.quantized_layers(net).items()}
@@ -619,6 +655,16 @@ def test_batchnorm_statistics_move_exactly_once_a_step():
     assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
 
 
+@pytest.mark.parametrize("wrap", [torch.jit.script, lambda m: torch.compile(m, backend="eager")])
+def test_batchnorm_inside_compiled_networks_moves_once_too(wrap):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
+    x, y = torch.randn(8, 3, 6, 6), torch.randint(5, (8,))
+    fast = wrap(net)
+    optimizer = ASGA(net.parameters(), torch.optim.SGD, lr=0.1, rho_min=0.5, rho_max=0.5, alpha=0.0)
+    optimizer.step(closure_of(optimizer, lambda: F.cross_entropy(fast(x), y)))
+    assert net[1].num_batches_tracked == 1
+
+
 def test_both_passes_see_the_same_dropout_draws():
     net, masks = nn.Dropout(0.5), []
     w = nn.Parameter(torch.ones(1000))
@@ -687,6 +733,8 @@ def test_schedulers_new_groups_and_bad_arguments():
                dict(rho_min=0, rho_max=math.nan, alpha=0), dict(rho_min=0, rho_max=0.1, alpha=-1)):
         with pytest.raises(ValueError, match="rho"):
             ASGA([a], torch.optim.SGD, lr=1.0, **kw)
+    named = ASGA(nn.Linear(2, 2).named_parameters(), torch.optim.SGD, lr=1.0, rho_min=0, rho_max=0.1, alpha=0)
+    assert len(named.param_groups[0]["params"]) == 2
     with pytest.raises(ValueError, match="same"):
         ASGA([a], torch.optim.SGD([b], lr=1.0), rho_min=0, rho_max=0.1, alpha=0)
 
@@ -854,6 +902,12 @@ def test_a_budget_above_the_dearest_policy_is_met_by_it_and_uniform_start_spends
         torch.testing.assert_close(start[:, 1:], torch.full((2, 3), float(spec[:-3]), dtype=torch.float64))
 
 
+def test_a_size_budget_leaves_activations_at_their_best():
+    bits = make_budget("2KB").uniform()
+    assert size(bits) == pytest.approx(16000, rel=1e-6) and (bits[1] == 8).all()
+    assert torch.equal(make_budget("2KB").project(bits)[1], bits[1])
+
+
 def test_softmax_projection_meets_the_budget():
     budget = make_budget("3bit")
     candidates = torch.tensor([2.0, 3, 4, 8], dtype=torch.float64)
@@ -965,6 +1019,7 @@ def test_each_way_a_policy_file_can_be_wrong_has_its_own_message(tmp_path):
     assert "17" in broken(lambda d: d["layers"]["again"].update(w=17))
     assert "'a'" in broken(lambda d: d["layers"]["again"].pop("a") and None)
     assert "macs" in broken(lambda d: d["layers"]["again"].update(macs=1.5))
+    assert "arch" in broken(lambda d: d.update(arch=5))
     assert "bops" in broken(lambda d: d["layers"]["again"].update(w=2))
     assert "weight_bits" in broken(lambda d: d["cost"].update(weight_bits=1))
     with pytest.raises(AsgaError, match="cannot read"):
@@ -985,8 +1040,9 @@ def test_policy_for_another_network_is_refused():
     wide.again = nn.Conv2d(24, 24, 3, padding=1)
     with pytest.raises(AsgaError, match="'again' has 5184 weights, 576"):
         policy.check(wide, x)
-    with pytest.raises(AsgaError, match="pair"):
-        Policy({"a": (1, 2, 3)})
+    for pair in ((1, 2, 3), 3, "ab"):
+        with pytest.raises(AsgaError):
+            Policy({"a": pair})
     with pytest.raises(AsgaError, match="0"):
         Policy({"a": (0, 2)})
     with pytest.raises(AsgaError, match="MACs"):
@@ -1048,6 +1104,8 @@ def test_search_is_deterministic_and_refuses_nonsense():
             search(Handmade(), toy_batches(), F.cross_entropy, "3bit", **{"steps": 1, **kw})
     with pytest.raises(AsgaError, match="takes"):
         search(Handmade(), toy_batches(), F.cross_entropy, "1bit")
+    with pytest.raises(AsgaError, match="no longer numbers"):
+        search(Handmade(), toy_batches(), lambda out, y: F.cross_entropy(out, y) * math.nan, "3bit", steps=2)
     with pytest.raises(AsgaError, match="once"):
         search(Handmade(), iter(toy_batches()), F.cross_entropy, "3bit")
     with pytest.raises(AsgaError, match="empty"):
@@ -1157,8 +1215,9 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
     refused(capsys, *base, "--method", "magic", has="magic")
     refused(capsys, *base, "--rho-min", "0.2", "--rho-max", "0.1", has="rho_min 0.2")
     refused(capsys, *base, "--alpha", "nan", has="alpha nan")
+    refused(capsys, *base, "--device", "meta", has="meta")
     refused(capsys, *base, "--tau", "0", has="tau 0")
-    refused(capsys, *base, "--fp-lr", "-1", has="--fp-lr -1")
+    refused(capsys, *base, "--fp-lr", "-1", has="fp-lr -1")
     refused(capsys, *base, "--seed", "-1", has="--seed -1")
     refused(capsys, *base, "--batch-size", "0", has="batch-size")
     refused(capsys, *base, "--images", "2", has="images 2")
@@ -1177,13 +1236,21 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
     (tmp_path / "text.pt").write_text("not a checkpoint")
     refused(capsys, "eval", "text.pt", "--data", "digits", has="text.pt")
     refused(capsys, *base, "--weights", "text.pt", has="text.pt")
-    torch.save({"a": torch.ones(1)}, "other.pt")
-    refused(capsys, *base, "--weights", "other.pt", has="another network")
+    for content in ({"a": torch.ones(1)}, {"state": torch.ones(1)}, {"model": 3}, {1: torch.ones(1)}):
+        torch.save(content, "other.pt")
+        refused(capsys, *base, "--weights", "other.pt", has="another network")
+    (tmp_path / "dot.pt").write_bytes(b".")
+    refused(capsys, *base, "--weights", "dot.pt", has="dot.pt")
     (tmp_path / "user.py").write_text("def broken(num_classes): return 1 / 0\ndef number(num_classes): return 3\n"
                                       "from torch import nn\n"
                                       "def wrong(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))\n"
-                                      "def picky(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(5, num_classes))\n")
-    for function, word in (("broken", "division"), ("number", "int"), ("wrong", "(1, 4)"), ("missing", "missing"), ("picky", "32x32")):
+                                      "def picky(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(5, num_classes))\n"
+                                      "class Nothing(nn.Linear):\n    def forward(self, x): return {}['logits']\n"
+                                      "def nothing(num_classes): return Nothing(3, 3)\n"
+                                      "def pairs(num_classes): return nn.Sequential(nn.Conv2d(3, 4, 32), nn.BatchNorm2d(4), nn.Flatten(),\n"
+                                      "    nn.Linear(4, num_classes))\n")
+    refused(capsys, *base, "--arch", "user.py:pairs", "--batch-size", "1", has="batch-size")
+    for function, word in (("nothing", "logits"), ("broken", "division"), ("number", "int"), ("wrong", "(1, 4)"), ("missing", "missing"), ("picky", "32x32")):
         refused(capsys, *base, "--arch", f"user.py:{function}", has=word)
     _, _, policy = handmade_policy()
     policy.save("p.json")
@@ -1319,7 +1386,8 @@ print(asga.main(["search", "--arch", "resnet18", "--data", "digits", "--out", "x
 
 @needs_torchvision
 def test_weights_with_another_head_and_a_network_of_ones_own(tmp_path, capsys):
-    (tmp_path / "mine.py").write_text("from torch import nn\n"
+    (tmp_path / "mine.py").write_text("from __future__ import annotations\nimport dataclasses\nfrom torch import nn\n"
+                                      "@dataclasses.dataclass\nclass Widths:\n    first: dataclasses.InitVar[int] = 8\n"
                                       "def net(num_classes):\n"
                                       "    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),\n"
                                       "        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n")
