@@ -42,6 +42,7 @@ from torch import nn
 
 __version__ = "0.1.0"
 CANDIDATES = (2, 3, 4, 5, 6, 8)          # bitwidths that a search chooses from
+STEP_MIN = 1e-20                         # least quantizer step that counts: far below any real one, far above denormal numbers
 
 
 class AsgaError(ValueError):
@@ -64,7 +65,7 @@ def mix_forward(x, s, n, p, pi):
     Half precisions are computed in float32: bfloat16 cannot count beyond 256 levels.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    s = s.clamp_min(torch.finfo(s.dtype).tiny)          # a step that training drove to or below zero must not divide
+    s = s.clamp_min(STEP_MIN)                           # a perturbation may carry a step to or below zero: no division by that
     mixed = 0
     for k in range(len(s)):
         mixed = mixed + pi[k] * (s[k] * (wide / s[k]).round().clamp(n[k], p[k]))
@@ -79,7 +80,7 @@ def mix_backward(grad, x, s, n, p, pi):
     always, subtracting the mean changes no gradient of what π is made from, and spares a difference of two large sums.
     """
     wide, g = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x, grad))
-    s = s.clamp_min(torch.finfo(s.dtype).tiny)
+    s = s.clamp_min(STEP_MIN)
     passed, mean, levels, grad_s = 0, 0, [], []
     for k in range(len(s)):
         v = wide / s[k]
@@ -174,7 +175,7 @@ def mse_optimal_step(x, n, p):
     for _ in range(4):
         levels = (x / s).round().clamp(n, p)
         s = torch.where(levels.square().sum() > 0, (x * levels).sum() / levels.square().sum(), s)
-    return s.clamp_min(torch.finfo(s.dtype).tiny)
+    return s.clamp_min(STEP_MIN)
 
 
 class Quantizer(nn.Module):
@@ -344,14 +345,14 @@ def quantized_layers(model):
 
 
 def set_quantizers(model, enabled):
-    """Switch all quantizers of a model on or off; off, the model computes bit for bit what the original computes."""
+    """Switch all quantizers of a model on or off. Without them it computes bit for bit what the original computes."""
     for m in model.modules():
         if isinstance(m, Quantizer):
             m.enabled = enabled
 
 
 def _own_forward(layer, args):
-    """A hook that does nothing, but for which torch's fused transformer layers would multiply with our weights themselves."""
+    """A hook that does nothing. Its presence keeps torch from its fused transformer layers, which would bypass ours."""
 
 
 def _attach(layer, weight_quantizer, input_quantizer):
@@ -422,7 +423,10 @@ def edge_bits(names, keep):
     else:
         kept = dict(keep) if isinstance(keep, dict) else dict.fromkeys(keep, 8)
     for name, bits in kept.items():
-        check_bits(bits)
+        try:
+            check_bits((bits,))
+        except AsgaError as error:
+            raise AsgaError(f"keep: {error}")
         if name not in names:
             raise AsgaError(f"keep names layer {name!r}, which the network lacks: its layers are {', '.join(names)}")
     return kept
@@ -444,13 +448,15 @@ def quantize(model, bits_or_policy, *, keep=8, example_inputs=None, relaxation="
     if isinstance(bits_or_policy, Policy):
         bits_or_policy.check(model, example_inputs)
         choices = bits_or_policy.choices
+    elif quantized_layers(model):
+        raise AsgaError("the network is quantized already: quantize the original, or give a policy")
     else:
         reached = list(trace(model, example_inputs)) if example_inputs is not None else list(found)
         pair = bits_or_policy if isinstance(bits_or_policy, dict) else {"w": bits_or_policy, "a": bits_or_policy}
         kept = edge_bits(reached, keep)
         choices = {name: ((kept[name],),) * 2 if name in kept else (pair["w"], pair["a"]) for name in reached}
     net = attach_quantizers(model, choices, relaxation, tau)
-    if quantized_layers(model):
+    if quantized_layers(model):                                # a supernet: its steps are learned
         return net
     if example_inputs is not None:
         calibrate(net, [example_inputs])
@@ -469,11 +475,27 @@ def attach_quantizers(model, choices, relaxation="interpolate", tau=1.0):
         layer, w, a = found[name], check_bits(w), check_bits(a)
         if not isinstance(layer, QuantizedLayer):
             _attach(layer, Quantizer(w, True, relaxation, tau), Quantizer(a, None, relaxation, tau))
-        elif len(w) == len(a) == 1:
-            _attach(layer, layer.weight_quantizer.select(w[0]), layer.input_quantizer.select(a[0]))
         else:
-            raise AsgaError("the network is quantized already: quantize the original, or give a policy")
+            _attach(layer, layer.weight_quantizer.select(*w), layer.input_quantizer.select(*a))
     return model
+
+
+class StepGuard:
+    """`with StepGuard(model): optimizer.step()`: no quantizer step more than halves or doubles in one update. A step is a
+    scale: one too large update of it, across zero, would silence its layer for good. Otherwise nothing changes."""
+
+    def __init__(self, model):
+        self.steps = [m.steps for m in model.modules() if isinstance(m, Quantizer)]
+
+    @torch.no_grad()
+    def __enter__(self):
+        self.before = [s.clone() for s in self.steps]
+
+    @torch.no_grad()
+    def __exit__(self, *error):
+        if self.steps:
+            torch._foreach_maximum_(self.steps, torch._foreach_mul(self.before, 0.5))
+            torch._foreach_minimum_(self.steps, torch._foreach_mul(self.before, 2.0))
 
 
 def calibrate(model, batches):
@@ -514,11 +536,12 @@ class Budget:
 
     BOPs_l = macs_l · w_l · a_l, weight bits_l = numel_l · w_l. spec: see BUDGET_HELP; several are joined by commas ("3bit,
     4.5MB"). layers: {name: LayerCost}. lo, hi: [2, L], the least and largest bits of each layer (row 0 weights, row 1
-    activations; equal where a layer is fixed). Raises AsgaError for an unreadable spec and for one that cannot be met.
+    activations; equal where a layer is fixed). kept: names of the layers that "3bit" leaves at their bits. Raises AsgaError for an unreadable spec and for one that cannot be met.
     """
 
-    def __init__(self, spec, layers, lo, hi):
+    def __init__(self, spec, layers, lo, hi, kept=()):
         self.spec, self.names = str(spec), list(layers)
+        self.kept = torch.tensor([name in kept for name in layers], device=lo.device)
         self.lo, self.hi = lo.double(), hi.double()
         # [2, L]: rows are MACs and numel, float64: exact up to 2^53
         self.sizes = torch.tensor([[c.macs for c in layers.values()], [c.numel for c in layers.values()]],
@@ -543,14 +566,13 @@ class Budget:
         scale = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
         if number > 0 and math.isfinite(number):
             if unit in ("bit", "bits"):
-                uniform = torch.where(self.lo < self.hi, number, self.lo)
-                return "bops", self.cost(uniform)["bops"].item()
+                return "bops", self.cost(torch.where(self.kept, self.lo, number))["bops"].item()
             if unit == "x":
                 return "bops", number * 32 * 32 * self.sizes[0].sum().item()
             if unit.removesuffix("bops") in scale:
                 return "bops", number * scale[unit.removesuffix("bops")]
-            if len(unit) == 2 and unit[1] == "b" and unit[0] in scale:
-                return "weight_bits", number * scale[unit[0]] * 8
+            if unit == "b" or len(unit) == 2 and unit[1] == "b" and unit[0] in scale:
+                return "weight_bits", number * scale.get(unit[0], 1) * 8
         raise AsgaError(f"budget {text!r} is not understood: write {BUDGET_HELP}")
 
     def cost(self, bits):
@@ -586,7 +608,7 @@ class Budget:
     def project(self, bits):
         """bits [2, L] moved along ∓∇ log C onto C = C*, within [lo, hi]; as they are where they meet it to 1e-6.
 
-        Both ways: unspent budget is lost accuracy (DESIGN §5, our choice in place of a loss weight). Returns float64.
+        Both ways: unspent budget is lost accuracy (our choice, in place of a loss weight). Returns float64.
         """
         bits = bits.double().clamp(self.lo, self.hi)
         slope = self.gradient(bits)
@@ -609,7 +631,7 @@ class Budget:
 
     def uniform(self):
         """bits [2, L] of the (fractional) uniform policy that spends 1: where a search starts."""
-        def move(t):
+        def move(t):                                                                          # t: the bitwidth, negative
             bits = (-t).expand_as(self.lo).clamp(self.lo, self.hi)
             return bits if "bops" in self.limits else torch.stack([bits[0], self.hi[1]])     # activations are free of size
 
@@ -670,6 +692,7 @@ def knapsack(values, costs, limits, fill=FILL):
     def sweep(width, floor, best, dearest):
         """The best state (value, spent, choices) of those that spend `floor` with a bound below `best`, or None; and whether
         no state was dropped for want of width."""
+        # a state is a choice for the layers so far: its cost [K], its excess over the bound, its value
         cost, over, value = torch.zeros(1, len(limits), dtype=torch.int64), torch.zeros(1).double(), torch.zeros(1).double()
         history, complete = [], True
         for l, (c, e, v) in enumerate(zip(costs, excess, values)):
@@ -907,7 +930,7 @@ class Policy:
     """Bits of every quantized layer, in network order: what a search finds and a transfer uses.
 
     layers: {name: (w, a)}. sizes: {name: LayerCost}, of the network that it was made for. info: the other keys of the file
-    ("arch", "budget", "candidates", "proxy", "search"; DESIGN §7).
+    ("arch", "budget", "candidates", "proxy", "search").
     """
     layers: dict
     sizes: dict = dataclasses.field(default_factory=dict)
@@ -972,7 +995,8 @@ class Policy:
                                 f"{type(model).__name__} lacks" + (f" (nearest: {near[0]!r})" if near else ""))
         for name in found:
             if name in reached and name not in self.layers:
-                raise AsgaError(f"policy for another network: {type(model).__name__} has a layer {name!r} without bits in it")
+                raise AsgaError(f"policy for another network: {type(model).__name__} has a layer {name!r} without bits in it "
+                                f"(if no forward pass calls it, give example_inputs)")
         for name, size in self.sizes.items():
             numel, per_output = found[name].weight.numel(), found[name].weight[0].numel()
             head = name == list(self.layers)[-1] and size.numel % per_output == 0
@@ -980,7 +1004,7 @@ class Policy:
                 raise AsgaError(f"policy for another network: layer {name!r} has {numel} weights, {size.numel} in the policy")
 
     def to_json(self):
-        """The file's content (DESIGN §7) as a dict."""
+        """The file's content as a dict."""
         w, a = self.mean_bits
         layers = {name: {"w": bits[0], "a": bits[1], **self.sizes[name]._asdict()} for name, bits in self.layers.items()}
         info = {key: self.info.get(key, {}) for key in ("budget", "candidates", "proxy", "search")}
@@ -1136,7 +1160,7 @@ def plan(model, example_inputs, budget, settings):
     device = next(model.parameters()).device                    # a layer was found, so there are parameters
     ends = [[[kept.get(name, end(c)) for name in layers] for c in (settings.candidates_w, settings.candidates_a)]
             for end in (min, max)]
-    return Budget(budget, layers, *torch.tensor(ends, dtype=torch.float64, device=device)), kept
+    return Budget(budget, layers, *torch.tensor(ends, dtype=torch.float64, device=device), kept), kept
 
 
 class Search:
@@ -1156,6 +1180,7 @@ class Search:
                            for kind in ("weight_quantizer", "input_quantizer")]
         self.free = [q for row in self.quantizers for q in row if len(q.bits) > 1]
         self._start()
+        self.guard = StepGuard(self.net)
         bits = [q.beta if hasattr(q, "beta") else q.logits for q in self.free]
         groups = parameter_groups(self.net, settings.lr, settings.weight_decay)
         if bits:
@@ -1217,7 +1242,8 @@ class Search:
             return loss
 
         self.net.train()
-        self.optimizer.step(closure)
+        with self.guard:
+            self.optimizer.step(closure)
         self.project()
         bits = self.bits()
         grid = [(q.grid[0] - b).abs().amin() for row, column in zip(self.quantizers, bits) for q, b in zip(row, column)
@@ -1230,7 +1256,8 @@ class Search:
         if not self.bits().isfinite().all():
             raise AsgaError("the bitwidths are no longer numbers, as the loss was none: lower lr or lr_beta, check the data")
         rows = [[self._penalty(q) for q in row] for row in self.quantizers]
-        penalties = [{(w, a): pw + pa for w, pw in ws.items() for a, pa in as_.items()} for ws, as_ in zip(*rows)]
+        tie = 1e-6 if self.settings.method == "uniform" else 0.0                      # equal bits for w and a, where it may
+        penalties = [{(w, a): pw + pa + tie * (w - a) ** 2 for w, pw in ws.items() for a, pa in as_.items()} for ws, as_ in zip(*rows)]
         sizes = {name: LayerCost(*size) for name, size in zip(self.budget.names, self.budget.sizes.t().long().tolist())}
         info = {"budget": {"spec": self.budget.spec, **self.budget.limits},
                 "candidates": {"w": list(self.settings.candidates_w), "a": list(self.settings.candidates_a)}, **info}
@@ -1253,7 +1280,7 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     """Search a Policy for `model` (full precision, trained; stays as it was) on a proxy data set.
 
     batches: (inputs, targets) pairs that can be iterated again and again (a list, a DataLoader), on any device; inputs are
-    a tensor or a tuple of arguments. loss_fn(outputs, targets) → scalar; outputs are the first where the network returns more. budget: BUDGET_HELP. settings: fields of
+    a tensor or a tuple of arguments. loss_fn(outputs, targets) → scalar; of several outputs it gets the first. budget: BUDGET_HELP. settings: fields of
     SearchSettings. example_inputs: what MACs are counted on, the first input of the first batch by default: give one of
     the resolution that you will deploy. on_step(step, record): called after each step. Raises AsgaError for settings and
     budgets that make no sense, before any training.
@@ -1363,7 +1390,7 @@ def build(arch, num_classes):
             return models.get_model(arch, weights=None, num_classes=num_classes)
     path, _, function = arch.rpartition(":")
     if not Path(path).is_file():
-        raise AsgaError(f"arch {arch!r}: there is no file {path}; write path/to/file.py:function")
+        raise AsgaError(f"arch {arch!r}: there is no file {path} here; give --arch path/to/file.py:function")
     sys.path.insert(0, str(Path(path).resolve().parent))                        # it may import its neighbours
     try:
         spec = importlib.util.spec_from_file_location("asga_user_network", path)
@@ -1405,7 +1432,8 @@ def check_network(model, arch, num_classes, resolution, device, batch=0):
 
 def load_weights(model, arch, source):
     """Fill `model` from a file (a state dict, or a checkpoint of ours) or from "imagenet" (torchvision's pretrained ones).
-    A classifier head for another number of classes stays as initialized, and one line says so. Raises AsgaError."""
+    A classifier head for another number of classes stays as initialized, and one line says so: then the result is True.
+    Raises AsgaError."""
     if source == "imagenet":
         if not is_torchvision(arch):
             raise AsgaError(f"--weights imagenet is for torchvision models; {arch} has none: give a file")
@@ -1484,7 +1512,7 @@ def _ignore_interrupts(worker):
 class ImageSet(torch.utils.data.Dataset):
     """One part (train or val) of a data set: images as a uint8 tensor [N, 3, S, S], or as paths, and labels [N].
 
-    Paths are decoded into memory at first use where that takes at most a quarter of it; larger sets stream through
+    Paths are decoded at first use into memory, where a quarter of the machine's is enough; larger sets stream through
     DataLoader workers. `size`: side S at which images are kept; the network's resolution is reached in batches.
     """
 
@@ -1770,7 +1798,10 @@ class Run:
         checkpoint, log = self.out / f"{phase}.ckpt", self.out / ("log.jsonl" if phase != "weights" else "weights.jsonl")
         start, before, asked = 0, 0.0, []
         if checkpoint.exists():
-            state = read_checkpoint(checkpoint)
+            try:
+                state = read_checkpoint(checkpoint)
+            except AsgaError:
+                raise AsgaError(f"{checkpoint} cannot be read: delete it to start this phase again")
             for name, thing in objects.items():
                 thing.load_state_dict(state[name])
             torch.set_rng_state(state["rng"])
@@ -1807,6 +1838,7 @@ class Run:
             if asked:
                 raise KeyboardInterrupt
             asked.append(signum)
+            say("stopping after this step (again: at once)")
 
         main = threading.current_thread() is threading.main_thread()
         previous = [(s, signal.signal(s, ask)) for s in (signal.SIGINT, signal.SIGTERM)] if main else []
@@ -1894,7 +1926,7 @@ class Common:
 class Training(Common):
     """Flags of every command that trains."""
     arch: str = option("resnet20", "resnet20, a torchvision model's name, or path/to/file.py:function")
-    weights: str = option("", "full-precision weights: a file, or imagenet (torchvision's)")
+    weights: str = option("", "full-precision weights: a file, or imagenet (torchvision's); a classifier for other classes is replaced")
     resolution: int = option(0, "side of the images in pixels (default: 64 for torchvision models, else the images' own)")
     images: float = option(1.0, "share of the training images, drawn per class by a fixed seed")
     augment: str = option("auto", "crops and mirror images; auto mirrors all but digits",
@@ -1907,8 +1939,9 @@ class Training(Common):
 @dataclasses.dataclass
 class Pretraining(Training):
     """Flags of the commands that start from full-precision weights."""
-    fp_epochs: int = option(20, "without --weights: epochs of the full-precision training that comes first")
-    fp_lr: float = option(0.1, "without --weights: its learning rate")
+    fp_epochs: int = option(20, "epochs of the full-precision training that comes first without --weights, or where the "
+                                "classifier of --weights has other classes")
+    fp_lr: float = option(0.1, "its learning rate; a tenth of it with --weights")
 
 
 @dataclasses.dataclass
@@ -1942,6 +1975,7 @@ class TrainConfig(Training):
 class EvalConfig(Common):
     """Flags of eval."""
     model: str = option("", "model.pt of train or transfer", positional=True)
+    compile: bool = option(False, "run the quantizer through torch.compile: pays where there are many images")
 
 
 def pick_device(name):
@@ -1975,7 +2009,7 @@ class Job:
     """What train, search and transfer share: device, data, network, resolution, all checked before anything is written."""
 
     def __init__(self, cfg, command):
-        self.cfg, self.command = cfg, command
+        self.cfg, self.name = cfg, command
         for name, least in (("batch_size", 1), ("fp_epochs", 1), ("resolution", 0), ("epochs", 1)):
             if getattr(cfg, name, least) < least:
                 raise AsgaError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least {least}")
@@ -2010,15 +2044,23 @@ class Job:
         self.cost_resolution = getattr(cfg, "cost_resolution", 0) or (
             224 if is_torchvision(cfg.arch) else self.resolution)
         self.example = check_network(self.model, cfg.arch, len(self.data.classes), self.cost_resolution, self.device)
-        if cfg.weights:
-            load_weights(self.model, cfg.arch, cfg.weights)
+        self.fresh_head = bool(cfg.weights) and load_weights(self.model, cfg.arch, cfg.weights)
 
     def start(self, result):
         """Make --out and its config.json."""
         cfg = self.cfg
         label = f"{Path(cfg.arch).name.partition(':')[2] or cfg.arch}-{Path(cfg.data).name}"
+        self.data.val.load(self.device)                          # a broken image shows now, not when all is done
         cfg.out = cfg.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}"
-        self.run = Run(cfg.out, self.command, dataclasses.asdict(cfg), result)
+        self.run = Run(cfg.out, self.name, dataclasses.asdict(cfg), result)
+
+    def command(self, *words):
+        """The line to type next, with the data flags of this run where `words` end with --data."""
+        cfg = self.cfg
+        if words[-1] == "--data":
+            words += (cfg.data, *(["--data-root", cfg.data_root] if cfg.data_root != "data" else []),
+                      *(["--classes", cfg.classes] if cfg.classes else []))
+        return shlex.join(["python", "asga.py", *map(str, words)])
 
     def stream(self):
         return training_stream(self.train, self.cfg.batch_size, self.device, self.resolution, self.cfg.seed, self.style)
@@ -2033,7 +2075,7 @@ class Job:
         """SGD with momentum and a cosine schedule; seconds that it took. Also the full-precision training."""
         total = self.steps(epochs)
         groups = parameter_groups(model, lr, weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+        optimizer, guard = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True), StepGuard(model)
 
         def step(x, y, done):
             model.train()
@@ -2043,30 +2085,34 @@ class Job:
             optimizer.zero_grad()
             loss = F.cross_entropy(first_output(model(x)), y)
             loss.backward()
-            optimizer.step()
+            with guard:
+                optimizer.step()
             return {"loss": loss.detach()}
 
         return self.run.loop(phase, total, self.stream(), step, {"model": model, "optimizer": optimizer},
                              lambda record: {"loss": f"{record['loss']:.4f}"})
 
     def full_precision(self):
-        """Train the weights that were not given, and keep them in --out for the next run; seconds."""
-        kept = self.run.out / "weights.pt"
-        if self.cfg.weights or kept.exists():
-            if kept.exists():
-                load_weights(self.model, self.cfg.arch, kept)
+        """Full-precision weights of this very data set, kept in --out for the next run: trained where none were given, tuned
+        at a tenth of the rate where the given ones had another classifier. Returns the seconds."""
+        cfg, kept = self.cfg, self.run.out / "weights.pt"
+        if kept.exists():
+            load_weights(self.model, cfg.arch, kept)
+            return read_checkpoint(kept)["seconds"]
+        if cfg.weights and not self.fresh_head:
             return 0.0
-        say(f"no --weights: training {self.cfg.arch} in full precision on {self.data.name} first")
-        torch.manual_seed(self.cfg.seed)
-        seconds = self.tune(self.model, "weights", self.cfg.fp_epochs, self.cfg.fp_lr, 5e-4, warmup=0.1)
-        self.save(kept, self.model)
+        say(f"{'the classifier is fresh: tuning' if cfg.weights else 'no --weights: training'} {cfg.arch} in full precision on "
+            f"{self.data.name} first")
+        torch.manual_seed(cfg.seed)
+        seconds = self.tune(self.model, "weights", cfg.fp_epochs, cfg.fp_lr / (10 if cfg.weights else 1), 5e-4, warmup=0.1)
+        self.save(kept, self.model, seconds=round(seconds, 3))
         self.run.done("weights")
         say(f"full-precision weights: {seconds:.0f} s, kept in {kept} for --weights")
         return seconds
 
-    def save(self, path, model, policy=None, form="asga-model"):
+    def save(self, path, model, policy=None, form="asga-model", **more):
         """A checkpoint that eval and --weights read."""
-        state = {"format": form, "arch": self.cfg.arch, "classes": list(self.data.classes),
+        state = {**more, "format": form, "arch": self.cfg.arch, "classes": list(self.data.classes),
                  "resolution": self.resolution, "state": model.state_dict(), "policy": policy and policy.to_json()}
         write_atomic(path, lambda part: torch.save(state, part))
 
@@ -2087,9 +2133,9 @@ def show_policy(policy, budget):
     w, a = policy.mean_bits
     limits = ", ".join(f"{human(v)} BOPs" if k == "bops" else f"{human(v / 8)}B" for k, v in budget.limits.items())
     spent = budget.spent(torch.tensor(list(policy.layers.values()), device=budget.lo.device).t()).item()
-    print(f"cost               {human(policy.bops)} BOPs, {human(policy.weight_bits / 8)}B of weights")
+    print(f"cost               {human(policy.bops)} BOPs (Σ MACs·w·a), {human(policy.weight_bits / 8)}B of weights")
     print(f"budget             {budget.spec} = {limits}; {100 * spent:.2f} % spent")
-    print(f"mean bits          w {w:.2f}, a {a:.2f} (weighted by MACs)")
+    print(f"mean bits          w {w:.2f}, a {a:.2f} (weighted by MACs, first and last layer included)")
     print("uniform reference  " + "/".join("fixed" if math.isnan(b) else f"{b:.2f}" for b in reference) + " bits (w/a)")
 
 
@@ -2138,17 +2184,19 @@ def cmd_search(cfg):
           f"{metrics['policy']['accuracy']:.2f} % the policy, taken from it without tuning ({job.data.name}, val)")
     print(f"search time        {seconds:.1f} s ({steps} steps; full-precision training {fp_seconds:.1f} s apart)")
     print(f"peak memory        {peak_memory(job.device)}")
-    print(f"next               python asga.py transfer {out / 'policy.json'} --data DIR")
+    print(f"next               {job.command('transfer', out / 'policy.json')} --data DIR")
 
 
 def cmd_transfer(cfg):
     """Carry a policy to the target set: quantize, calibrate, tune weights and steps, never the bits."""
     policy = Policy.load(cfg.policy)
-    cfg.arch = cfg.arch or policy.info.get("arch") or "resnet20"
+    cfg.arch = cfg.arch or policy.info.get("arch", "")
+    if not cfg.arch:
+        raise AsgaError(f"{cfg.policy} names no network: give --arch")
     if not cfg.data:
         raise AsgaError("transfer needs --data: the target set, cifar10, digits, or a folder")
     job = Job(cfg, "transfer")
-    policy = policy.measure(job.model, job.example)
+    searched, policy = policy.bops, policy.measure(job.model, job.example)
     job.start("metrics.json")
     fp_seconds = job.full_precision()
     torch.manual_seed(cfg.seed)
@@ -2167,10 +2215,10 @@ def cmd_transfer(cfg):
             (("full precision", "full_precision"), ("quantized", "quantized"), ("tuned", "tuned"))]
     print(table(rows, (f"{cfg.arch} on {job.data.name} (val)", "accuracy", "cross-entropy")))
     w, a = policy.mean_bits
-    print(f"cost  {human(policy.bops)} BOPs at {job.cost_resolution} px, {human(policy.weight_bits / 8)}B of weights, "
+    print(f"cost  {human(policy.bops)} BOPs at {job.cost_resolution} px (the search's network: {human(searched)}), {human(policy.weight_bits / 8)}B of weights, "
           f"mean bits w {w:.2f} a {a:.2f}")
     print(f"time  {seconds:.1f} s (full-precision training {fp_seconds:.1f} s apart); peak memory {peak_memory(job.device)}")
-    print(f"next  python asga.py eval {out / 'model.pt'} --data {cfg.data}" + (f" --classes {cfg.classes}" if cfg.classes else ""))
+    print(f"next  {job.command('eval', out / 'model.pt', '--data')}")
 
 
 def cmd_train(cfg):
@@ -2184,7 +2232,8 @@ def cmd_train(cfg):
     write_json(job.run.out / "metrics.json", metrics)
     job.run.done("train")
     print(f"accuracy  {metrics['full_precision']['accuracy']:.2f} % ({job.data.name}, val), {seconds:.1f} s")
-    print(f"next      python asga.py search --arch {cfg.arch} --data {cfg.data} --weights {job.run.out / 'model.pt'}")
+    size = ["--resolution", cfg.resolution] if cfg.resolution else []
+    print(f"next      {job.command('search', '--arch', cfg.arch, *size, '--weights', job.run.out / 'model.pt', '--data')}")
 
 
 def cmd_eval(cfg):
@@ -2272,7 +2321,8 @@ def main(argv=None):
     except (Stopped, KeyboardInterrupt) as stop:
         out = getattr(cfg, "out", "")
         where = [] if "--out" in argv or not out else ["--out", out]
-        print(f"\nasga: {stop or 'stopped'}; go on with: python asga.py {shlex.join([*argv, *where])}", file=sys.stderr)
+        where += [] if "--data" in argv or not getattr(cfg, "data", "") else ["--data", cfg.data]
+        print(f"\nasga: {str(stop) or 'stopped'}; go on with: python asga.py {shlex.join([*argv, *where])}", file=sys.stderr)
         return 130
     return 0
 

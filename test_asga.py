@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -802,6 +802,9 @@ def test_to_first_order_the_implicit_step_raises_the_alignment(seed):
 
 
 @given(st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.floats(0, 1)), st.floats(0, 1), st.floats(0, 1))
+@example(math.nan, 0.1, 0.2)
+@example(math.inf, 0.1, 0.2)
+@example(-math.inf, 0.1, 0.2)
 def test_radius_stays_within_its_bounds_for_every_float(gap, one, other):
     lo, hi = sorted((one, other))
     rho = asga.adaptive_radius(gap, lo, hi).item()
@@ -845,7 +848,7 @@ LAYERS = {"a": asga.LayerCost(100, 10), "b": asga.LayerCost(1000, 200), "c": asg
 
 def make_budget(spec, layers=LAYERS, least=2, most=8, fixed=("a",)):
     lo, hi = (torch.tensor([[8.0 if name in fixed else end for name in layers]] * 2) for end in (least, most))
-    return asga.Budget(spec, layers, lo, hi)
+    return asga.Budget(spec, layers, lo, hi, fixed)
 
 
 def bops(bits, layers=LAYERS):
@@ -864,6 +867,9 @@ def test_budget_units():
     assert make_budget("20K").limits == make_budget("2e1kBOPs").limits == {"bops": 20000}
     assert make_budget("2KB").limits == {"weight_bits": 16000}
     assert make_budget("3bit, 2KB").limits == {"bops": 100 * 64 + interior * 9, "weight_bits": 16000}
+    lo, hi = torch.tensor([[8.0, 4, 4, 4], [8, 2, 2, 2]]), torch.tensor([[8.0, 4, 4, 4], [8, 8, 8, 8]])
+    single = asga.Budget("3bit", LAYERS, lo, hi, ("a",))                     # 3/3, whatever the only candidate for w is
+    assert single.limits == make_budget("3bit").limits and make_budget("1700B").limits == {"weight_bits": 13600}
     for bad in ("", "3", "3 furlongs", "-3bit", "0bit", "nanbit", "3bit,7K", "1e999G", "bit", "3bit;2KB"):
         with pytest.raises(AsgaError):
             make_budget(bad)
@@ -1092,6 +1098,29 @@ def test_search_moves_bits_to_the_layers_that_need_them():
     assert min(policy.layers["useless"]) == 2
 
 
+def test_no_update_carries_a_step_across_zero():
+    """Without the guard this learning rate drives steps far below zero, and their layers to silence."""
+    model, seen = Handmade(), []
+    real = asga.Search.step
+
+    def step(self, *args):
+        before = [q.steps.detach().clone() for q in self.free]
+        record = real(self, *args)
+        seen.extend((q.steps / b for q, b in zip(self.free, before)))
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asga.Search, "step", step)
+        search(model, toy_batches(), F.cross_entropy, "3bit", steps=6, lr=30.0, weight_decay=0.0)
+    ratios = torch.cat(seen)
+    assert ratios.min() >= 0.5 and ratios.max() <= 2 and ((ratios == 0.5) | (ratios == 2)).any()
+    quiet = quantize(model, (2, 4), example_inputs=torch.randn(4, 3, 24, 24))
+    before = {name: p.clone() for name, p in quiet.named_parameters()}
+    with asga.StepGuard(quiet):
+        pass
+    assert all(torch.equal(p, before[name]) for name, p in quiet.named_parameters())
+
+
 def test_search_is_deterministic_and_refuses_nonsense():
     run = lambda: search(Handmade(), toy_batches(), F.cross_entropy, "3bit", steps=5)
     results = []
@@ -1210,7 +1239,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
     refused(capsys, *base, "--budget", "3furlongs", has="3furlongs")
     refused(capsys, *base, "--candidates-w", "2,17", has="17")
     refused(capsys, *base, "--candidates-w", "2,x", has="2,x")
-    refused(capsys, *base, "--keep", "0", has="0")
+    refused(capsys, *base, "--keep", "0", has="keep")
     refused(capsys, *base, "--steps", "0", has="steps 0")
     refused(capsys, *base, "--method", "magic", has="magic")
     refused(capsys, *base, "--rho-min", "0.2", "--rho-max", "0.1", has="rho_min 0.2")
@@ -1256,6 +1285,8 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
     policy.save("p.json")
     refused(capsys, "transfer", "p.json", "--data", "digits", "--arch", "resnet20", "--out", out, has="'stem'")
     refused(capsys, "transfer", "p.json", "--out", out, has="--data")
+    Policy({"a": (4, 4)}, {"a": asga.LayerCost(1, 1)}).save("nameless.json")
+    refused(capsys, "transfer", "nameless.json", "--data", "digits", "--out", out, has="--arch")
     refused(capsys, *base, "--fp-lr", "1e30", "--fp-epochs", "1", "--classes", "0,1", has="loss became")
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "weights.jsonl"]         # no policy, no weights
     refused(capsys, *base, has="unfinished")
@@ -1395,9 +1426,10 @@ def test_weights_with_another_head_and_a_network_of_ones_own(tmp_path, capsys):
     code, out, err = run_main(capsys, "train", "--arch", arch, "--data", "digits", "--classes", "0-2", "--epochs", "1", "--out", tmp_path / "fp")
     assert code == 0 and "accuracy" in out
     root = make_folder(tmp_path / "set", sizes=((20, 20),), n=40)
-    code, out, err = run_main(capsys, "search", "--arch", arch, "--data", root, "--weights", tmp_path / "fp/model.pt", "--steps", "2",
+    assert "--classes 0-2" in out and "search --arch" in out                 # the next line is for the same data
+    code, out, err = run_main(capsys, "search", "--arch", arch, "--data", root, "--weights", tmp_path / "fp/model.pt", "--steps", "2", "--fp-epochs", "1",
                               "--batch-size", "16", "--budget", "4bit,1KB", "--no-compile", "--out", tmp_path / "s")
-    assert code == 0 and "trained for 3 classes" in err and "(7)" in err, err
+    assert code == 0 and "trained for 3 classes" in err and "(7)" in err and "the classifier is fresh" in err, err
     policy = json.loads((tmp_path / "s/policy.json").read_text())
     assert policy["layers"]["3"]["macs"] == 8 * 8 * 9 * 7 * 7 and policy["proxy"]["resolution"] == 20
     code, _, err = run_main(capsys, "eval", tmp_path / "fp/model.pt", "--data", "digits", "--classes", "0-2")
