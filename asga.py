@@ -31,7 +31,6 @@ import sys
 import threading
 import time
 import warnings
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -460,9 +459,10 @@ def quantize(model, bits_or_policy, *, keep=8, example_inputs=None, relaxation="
         return net
     if example_inputs is not None:
         calibrate(net, [example_inputs])
-    for layer in quantized_layers(net).values():
-        if layer.weight_quantizer.steps.isnan().any() and type(layer).__mro__[2].forward in (nn.Conv2d.forward, nn.Linear.forward):
-            layer.weight_quantizer.calibrate(layer.weight)     # others: at the first call, on the operand that they make
+    for layer in quantized_layers(net).values():               # the others: at the first call, on the operand that they make
+        plain = type(layer).__mro__[2].forward in (nn.Conv2d.forward, nn.Linear.forward)
+        if plain and layer.weight_quantizer.steps.isnan().any():
+            layer.weight_quantizer.calibrate(layer.weight)
     return net
 
 
@@ -536,7 +536,8 @@ class Budget:
 
     BOPs_l = macs_l · w_l · a_l, weight bits_l = numel_l · w_l. spec: see BUDGET_HELP; several are joined by commas ("3bit,
     4.5MB"). layers: {name: LayerCost}. lo, hi: [2, L], the least and largest bits of each layer (row 0 weights, row 1
-    activations; equal where a layer is fixed). kept: names of the layers that "3bit" leaves at their bits. Raises AsgaError for an unreadable spec and for one that cannot be met.
+    activations; equal where a layer is fixed). kept: names of the layers that "3bit" leaves at their bits. Raises
+    AsgaError for an unreadable spec and for one that cannot be met.
     """
 
     def __init__(self, spec, layers, lo, hi, kept=()):
@@ -652,6 +653,28 @@ class Budget:
         return {name: option[i] for name, option, i in zip(self.names, options, chosen)}
 
 
+def lagrangian(values, costs, limits, fill):
+    """(a lower bound of the knapsack's optimum, L tensors [n_l]: what each choice adds to it at least).
+
+    Σ min (v + μ ĉ) − μ never exceeds the optimum, for every μ ≥ 0 and every weighted mean ĉ of the shares of the budgets;
+    nor does it for μ < 0, where there is one budget, with −μ · fill. The best μ makes it tight.
+    """
+    pad = lambda rows, value: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    table_v, bound = pad(values, math.inf), -math.inf                                                          # [L, n]
+    for mix in [[1.0]] if len(limits) == 1 else [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]:
+        shares = [(c.double() / limits) @ torch.tensor(mix).double() for c in costs]
+        table_c = pad(shares, 0.0)
+        sizes = torch.logspace(-3, 5, 65).double()
+        trial = torch.cat([torch.zeros(1), sizes, -sizes if len(limits) == 1 else sizes])                     # μ
+        for spread in (0.2, 0.02, 0.0):
+            dual = (table_v + trial[:, None, None] * table_c).amin(-1).sum(-1) - trial * torch.where(trial < 0, fill, 1.0)
+            mu = trial[dual.argmax()]
+            if dual.max() > bound:
+                bound, excess = float(dual.max()), [v + mu * c for v, c in zip(values, shares)]
+            trial = mu * torch.linspace(1 - spread, 1 + spread, 41).double()
+    return bound, [e - e.min() for e in excess]
+
+
 def knapsack(values, costs, limits, fill=FILL):
     """Exact multiple-choice knapsack: one choice i_l per layer with the least Σ values[l][i_l] such that the costs stay
     within `limits` and spend at least `fill` of them (of one of them, where there are two). Where no choice does, the
@@ -672,22 +695,7 @@ def knapsack(values, costs, limits, fill=FILL):
     if (least[0] > limits).any():
         raise AsgaError(f"budget {limits.tolist()} cannot be met: the cheapest policy costs {least[0].tolist()}")
 
-    # Lagrangian bound: Σ min (v + μ ĉ) − μ never exceeds the optimum, for every μ ≥ 0 and every mean ĉ of the budget shares;
-    # for μ < 0, where there is one bound, with −μ · fill. The best μ makes it tight.
-    pad = lambda rows, value: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-    table_v, bound = pad(values, math.inf), -math.inf
-    for mix in torch.eye(len(limits)).double() if len(limits) == 1 else torch.tensor([[1.0, 0], [0, 1], [0.5, 0.5]]).double():
-        shares = [(c.double() / limits) @ mix for c in costs]
-        table_c = pad(shares, 0.0)
-        sizes = torch.logspace(-3, 5, 65).double()
-        trial = torch.cat([torch.zeros(1), sizes, -sizes if len(limits) == 1 else sizes])
-        for spread in (0.2, 0.02, 0.0):
-            dual = (table_v + trial[:, None, None] * table_c).amin(-1).sum(-1) - trial * torch.where(trial < 0, fill, 1.0)
-            mu = trial[dual.argmax()]
-            if dual.max() > bound:
-                bound, excess = float(dual.max()), [v + mu * c for v, c in zip(values, shares)]
-            trial = mu * torch.linspace(1 - spread, 1 + spread, 41).double()
-    excess = [e - e.min() for e in excess]
+    bound, excess = lagrangian(values, costs, limits, fill)
 
     def sweep(width, floor, best, dearest):
         """The best state (value, spent, choices) of those that spend `floor` with a bound below `best`, or None; and whether
@@ -1280,8 +1288,8 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     """Search a Policy for `model` (full precision, trained; stays as it was) on a proxy data set.
 
     batches: (inputs, targets) pairs that can be iterated again and again (a list, a DataLoader), on any device; inputs are
-    a tensor or a tuple of arguments. loss_fn(outputs, targets) → scalar; of several outputs it gets the first. budget: BUDGET_HELP. settings: fields of
-    SearchSettings. example_inputs: what MACs are counted on, the first input of the first batch by default: give one of
+    a tensor or a tuple of arguments. loss_fn(outputs, targets) → scalar; of several outputs it gets the first.
+    budget: BUDGET_HELP. settings: fields of SearchSettings. example_inputs: what MACs are counted on, the first input of the first batch by default: give one of
     the resolution that you will deploy. on_step(step, record): called after each step. Raises AsgaError for settings and
     budgets that make no sense, before any training.
     """
@@ -1796,18 +1804,9 @@ class Run:
         → {name: text} for the progress line. SIGINT and SIGTERM end it after the present step; a second one at once.
         """
         checkpoint, log = self.out / f"{phase}.ckpt", self.out / ("log.jsonl" if phase != "weights" else "weights.jsonl")
-        start, before, asked = 0, 0.0, []
-        if checkpoint.exists():
-            try:
-                state = read_checkpoint(checkpoint)
-            except AsgaError:
-                raise AsgaError(f"{checkpoint} cannot be read: delete it to start this phase again")
-            for name, thing in objects.items():
-                thing.load_state_dict(state[name])
-            torch.set_rng_state(state["rng"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
-            start, before = state["step"], state["seconds"]
+        start, before = self._restore(checkpoint, objects)
+        asked = []
+        if start:
             say(f"going on with {phase} at step {start} of {total}")
         kept = log.read_text().splitlines(True)[:start] if log.exists() else []
         write_atomic(log, lambda part: part.write_text("".join(kept)))
@@ -1865,7 +1864,23 @@ class Run:
                 signal.signal(s, handler)
         return before + time.monotonic() - began
 
+    def _restore(self, checkpoint, objects):
+        """(steps done, seconds that they took) of a checkpoint, its states put back; (0, 0) where there is none."""
+        if not checkpoint.exists():
+            return 0, 0.0
+        try:
+            state = read_checkpoint(checkpoint)
+        except AsgaError:
+            raise AsgaError(f"{checkpoint} cannot be read: delete it to start this phase again")
+        for name, thing in objects.items():
+            thing.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        return state["step"], state["seconds"]
+
     def done(self, phase):
+        """The phase's result is written: its checkpoint can go."""
         (self.out / f"{phase}.ckpt").unlink(missing_ok=True)
 
 
@@ -2215,8 +2230,8 @@ def cmd_transfer(cfg):
             (("full precision", "full_precision"), ("quantized", "quantized"), ("tuned", "tuned"))]
     print(table(rows, (f"{cfg.arch} on {job.data.name} (val)", "accuracy", "cross-entropy")))
     w, a = policy.mean_bits
-    print(f"cost  {human(policy.bops)} BOPs at {job.cost_resolution} px (the search's network: {human(searched)}), {human(policy.weight_bits / 8)}B of weights, "
-          f"mean bits w {w:.2f} a {a:.2f}")
+    print(f"cost  {human(policy.bops)} BOPs at {job.cost_resolution} px (the search's network: {human(searched)}), "
+          f"{human(policy.weight_bits / 8)}B of weights, mean bits w {w:.2f} a {a:.2f}")
     print(f"time  {seconds:.1f} s (full-precision training {fp_seconds:.1f} s apart); peak memory {peak_memory(job.device)}")
     print(f"next  {job.command('eval', out / 'model.pt', '--data')}")
 
