@@ -1150,6 +1150,7 @@ def test_search_is_deterministic_and_refuses_nonsense():
 
 def test_digits_are_split_stratified_and_augmentation_moves_pixels():
     data = asga.load_data("digits", "data")
+    assert not data.flip                                                     # a mirrored 2 is no 2
     assert len(data.train) + len(data.val) == 1797 and data.train.images.shape[1:] == (3, 32, 32)
     for part, share in ((data.train, 0.8), (data.val, 0.2)):
         counts = part.labels.bincount()
