@@ -13,6 +13,7 @@ Symbols are the paper's: θ = (w, s, β) weights, quantizer steps and real-value
 open; README.md numbers these choices. Needs torch; pictures and torchvision's networks need torchvision.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -57,40 +58,42 @@ def say(line):
 # Quantizer: LSQ, with one candidate bitwidth (deployment) or a mixture of several (search)
 # ----------------------------------------------------------------------------------------------------------------------
 
-def mix_forward(x, s, n, p, pi):
+def mix_forward(x, row):
     """Σ_k π_k Q_k(x) with Q_k(x) = s_k · clamp(round(x / s_k), n_k, p_k)  (LSQ, Esser et al. 2020, eq. 1-2).
 
-    x: any shape and float dtype; s, n, p, pi: [K] steps, integer bounds, mixture weights. Returns x's shape and dtype.
-    Half precisions are computed in float32: bfloat16 cannot count beyond 256 levels.
+    x: any shape and float dtype. row: [4, K], steps s above zero, integer bounds n and p, mixture weights π. Returns x's
+    shape and dtype. Half precisions are computed in float32: bfloat16 cannot count beyond 256 levels.
     """
+    s, n, p, pi = row
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    s = s.clamp_min(STEP_MIN)                           # a perturbation may carry a step to or below zero: no division by that
     mixed = 0
     for k in range(len(s)):
-        mixed = mixed + pi[k] * (s[k] * (wide / s[k]).round().clamp(n[k], p[k]))
+        mixed = mixed + (pi[k] * s[k]) * (wide / s[k]).clamp(n[k], p[k]).round()    # whole bounds: rounding may come last
     return mixed.to(x.dtype)
 
 
-def mix_backward(grad, x, s, n, p, pi):
-    """The declared straight-through gradients of mix_forward, (∂x, ∂s [K], ∂π [K]); rounding's true derivative is zero.
+def mix_backward(grad, x, row):
+    """The declared straight-through gradients of mix_forward, (∂x, ∂row [4, K]); rounding's true derivative is zero.
 
     ∂Q/∂x = 1 where n ≤ x/s ≤ p, else 0;  ∂Q/∂s = round(x/s) − x/s inside, n below, p above (LSQ eq. 3), times the LSQ
-    gradient scale 1/√(numel·p) (p = 0, the signed 1-bit range, counts as 1);  ∂Q/∂π_k = Q_k − Σ_j π_j Q_j. Since Σπ = 1
-    always, subtracting the mean changes no gradient of what π is made from, and spares a difference of two large sums.
+    gradient scale 1/√(numel·p) (p = 0, the signed 1-bit range, counts as 1);  ∂Q/∂π_k = Q_k − Q_1. Since Σπ = 1 always,
+    what is the same for all k changes no gradient of what π is made from, and a difference spares two large sums.
     """
+    s, n, p, pi = row
     wide, g = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x, grad))
-    s = s.clamp_min(STEP_MIN)
-    passed, mean, levels, grad_s = 0, 0, [], []
+    passed, levels, grad_s = 0, [], []
     for k in range(len(s)):
         v = wide / s[k]
-        rounded = v.round().clamp(n[k], p[k])
-        inside = (v >= n[k]) & (v <= p[k])
-        passed = passed + pi[k] * inside
-        grad_s.append((g * (rounded - torch.where(inside, v, 0))).sum() * pi[k] / (x.numel() * p[k].clamp_min(1)).sqrt())
+        clamped = v.clamp(n[k], p[k])
+        rounded = clamped.round()
+        inside = clamped == v
+        passed = passed + torch.where(inside, pi[k], 0)
+        grad_s.append((g * torch.where(inside, rounded - v, rounded)).sum() * pi[k] / (x.numel() * p[k].clamp_min(1)).sqrt())
         levels.append(s[k] * rounded)
-        mean = mean + pi[k] * levels[k]
-    grad_pi = [(g * (level - mean)).sum() for level in levels]
-    return (g * passed).to(x.dtype), torch.stack(grad_s).to(s.dtype), torch.stack(grad_pi).to(pi.dtype)
+    zero = torch.zeros_like(grad_s[0])
+    grad_pi = [zero] + [(g * (level - levels[0])).sum() for level in levels[1:]]
+    none = [zero] * len(s)                                                                       # n and p are constants
+    return (g * passed).to(x.dtype), torch.stack(grad_s + none + none + grad_pi).view(4, -1).to(row.dtype)
 
 
 class Fused:
@@ -106,7 +109,7 @@ class Fused:
     def __call__(self, *tensors):
         if not Fused.on or torch.is_grad_enabled() or torch.compiler.is_compiling():   # grad mode: double backward
             return self.formula(*tensors)
-        x = tensors[-5]                                                     # x, s, n, p, π come last in both formulas
+        x, row = tensors[-2:]
         last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
         x = x.contiguous(memory_format=layout)
@@ -120,7 +123,7 @@ class Fused:
 
         try:
             self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
-            out = self.compiled(*(flat(t) for t in tensors[:-4]), *(t.detach() for t in tensors[-4:]))
+            out = self.compiled(*(flat(t) for t in tensors[:-1]), row.detach())
         except Exception as error:                                                    # whatever a toolchain can raise
             out = self.formula(*tensors)                                              # raises again if the input is at fault
             Fused.on = False
@@ -135,14 +138,13 @@ class FakeQuantize(torch.autograd.Function):
     forward_kernel, backward_kernel = Fused(mix_forward), Fused(mix_backward)         # compiled at first use
 
     @staticmethod
-    def forward(ctx, x, s, n, p, pi):
-        ctx.save_for_backward(x, s, n, p, pi)
-        return FakeQuantize.forward_kernel(x, s, n, p, pi)
+    def forward(ctx, x, row):
+        ctx.save_for_backward(x, row)
+        return FakeQuantize.forward_kernel(x, row)
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x, grad_s, grad_pi = FakeQuantize.backward_kernel(grad, *ctx.saved_tensors)
-        return grad_x, grad_s, None, None, grad_pi
+        return FakeQuantize.backward_kernel(grad, *ctx.saved_tensors)
 
 
 def check_bits(bits):
@@ -196,7 +198,7 @@ class Quantizer(nn.Module):
             raise AsgaError(f"unknown relaxation {relaxation!r}: use 'interpolate' or 'softmax'")
         self.bits, self.relaxation, self.tau = check_bits(bits), relaxation, tau
         self.enabled, self.sample, self.negative, self.ready = True, None, False, False
-        self.auto_sign = signed is None
+        self.auto_sign, self.row = signed is None, None
         count = len(self.bits)
         self.steps = nn.Parameter(torch.full((count,), math.nan))                               # s
         self.register_buffer("grid", torch.zeros(3, count))                                     # rows: bits, n, p
@@ -214,19 +216,6 @@ class Quantizer(nn.Module):
         low = -(2 ** (b - 1)) if signed else torch.zeros_like(b)
         self.grid.copy_(torch.stack([b, low, low + 2 ** b - 1]))
 
-    def pi(self):
-        """(indices [K'] of the candidates in the mixture, their weights π [K']); K' is 2 for "interpolate"."""
-        if len(self.bits) == 1:
-            return slice(None), torch.ones_like(self.steps)
-        if self.relaxation == "softmax":
-            return slice(None), torch.softmax(self.logits / self.tau, 0)
-        low = ((self.grid[0] <= self.beta).sum() - 1).clamp(0, len(self.bits) - 2)
-        index = torch.stack([low, low + 1])
-        b = self.grid[0, index]
-        share = (self.beta - b[0]) / (b[1] - b[0])                                              # λ
-        share = share + (share.clamp(0, 1) - share).detach()      # a perturbed β may stand beyond the last candidate
-        return index, torch.stack([1 - share, share])
-
     def expected_bits(self):
         """E[b] = Σ π_b b, 0-dim; for "interpolate" this is β itself."""
         return (torch.softmax(self.logits / self.tau, 0) * self.grid[0]).sum() if hasattr(self, "logits") else self.beta
@@ -243,8 +232,7 @@ class Quantizer(nn.Module):
                 self.observe(x.detach())
                 self.calibrate()
             self.ready = True
-        index, pi = self.pi()
-        return FakeQuantize.apply(x, self.steps[index], self.grid[1, index], self.grid[2, index], pi)
+        return FakeQuantize.apply(x, mixtures([self])[0] if self.row is None else self.row)
 
     def observe(self, x, limit=65536):
         """Keep at most `limit` values of x (drawn evenly, by a fixed seed) for calibrate()."""
@@ -282,9 +270,71 @@ class Quantizer(nn.Module):
         return f"bits={self.bits}, relaxation={self.relaxation!r}"
 
 
+def mixtures(quantizers):
+    """[Q, 4, K']: for each of Q quantizers of one kind the steps s, bounds n and p, and weights π of the candidates in its
+    mixture; K' is 2 for "interpolate"."""
+    first = quantizers[0]
+    s = torch.stack([q.steps for q in quantizers])                                                           # [Q, K]
+    b, n, p = torch.stack([q.grid for q in quantizers], 1)                                                   # [Q, K] each
+    if len(first.bits) == 1:
+        pi = torch.ones_like(s)
+    elif first.relaxation == "softmax":
+        pi = torch.softmax(torch.stack([q.logits for q in quantizers]) / first.tau, 1)
+    else:
+        beta = torch.stack([q.beta for q in quantizers])[:, None]                                            # [Q, 1]
+        low = (b[:, 1:-1] <= beta).sum(1, keepdim=True)                                        # of b_lo, the last one ≤ β
+        index = torch.cat([low, low + 1], 1)
+        b, n, p, s = (t.gather(1, index) for t in (b, n, p, s))
+        share = (beta - b[:, :1]) / (b[:, 1:] - b[:, :1])                                                    # λ
+        share = share + (share.clamp(0, 1) - share).detach()      # a perturbed β may stand beyond the last candidate
+        pi = torch.cat([1 - share, share], 1)
+    with torch.no_grad():
+        s.clamp_min_(STEP_MIN)                           # a perturbation may carry a step to or below zero: no division by that
+    return torch.stack([s, n, p, pi], 1)
+
+
+class Prepared:
+    """`with Prepared(model): forward and backward pass`: the mixtures of all quantizers of a model are made at once, one
+    operation for all instead of one for each. Inside, steps and bitwidths must not change. Same results, sooner."""
+
+    def __init__(self, model):
+        self.quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+
+    def __enter__(self):
+        groups = {}
+        for q in self.quantizers:
+            if q.ready:
+                kind = len(q.bits), q.relaxation, q.tau, q.steps.device, q.steps.dtype, q.steps.requires_grad
+                groups.setdefault(kind, []).append(q)
+        for group in groups.values():
+            for q, row in zip(group, mixtures(group).unbind()):
+                q.row = row
+
+    def __exit__(self, *error):
+        for q in self.quantizers:
+            q.row = None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Supernet: every Conv2d and Linear of any network gets a quantizer on its weight and one on its input
 # ----------------------------------------------------------------------------------------------------------------------
+
+class Recomputed(torch.autograd.graph.saved_tensors_hooks):
+    """While a convolution runs: what it would keep of these quantized operands for the backward pass is made again there,
+    from the x that FakeQuantize keeps anyway. So a supernet holds no more activations than the full-precision network."""
+
+    def __init__(self, quantized):
+        nodes = {(q.data_ptr(), q.shape, q.stride()): q.grad_fn for q in quantized}
+        super().__init__(lambda t: nodes.get((t.data_ptr(), t.shape, t.stride()), t), self.again)
+
+    @staticmethod
+    @torch.no_grad()
+    def again(saved):
+        if torch.is_tensor(saved):
+            return saved
+        with torch._C.DisableTorchFunction():                                         # as in the forward pass: the same kernel
+            return FakeQuantize.forward_kernel(*saved.saved_tensors)
+
 
 class Operands(torch.overrides.TorchFunctionMode):
     """While one layer's own forward runs: quantizes the operands of the convolution or matrix product that uses a tensor
@@ -305,7 +355,10 @@ class Operands(torch.overrides.TorchFunctionMode):
         if weight.shape != layer.operand_shape:
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():                  # a layer that holds other layers must not see their calls
-            out = func(layer.input_quantizer(x), layer.weight_quantizer(weight), **names)
+            operands = layer.input_quantizer(x), layer.weight_quantizer(weight)
+            made = [q for q, given in zip(operands, (x, weight)) if q is not given and q.grad_fn is not None]
+            with Recomputed(made) if layer.recompute else contextlib.nullcontext():
+                out = func(*operands, **names)
         if layer.tally is not None:
             layer.tally(out.numel() * weight[0].numel())
         return out
@@ -356,7 +409,7 @@ def _own_forward(layer, args):
 
 def _attach(layer, weight_quantizer, input_quantizer):
     if not isinstance(layer, QuantizedLayer):
-        layer.operand_shape, layer.tally = layer.weight.shape, None
+        layer.operand_shape, layer.tally, layer.recompute = layer.weight.shape, None, False
         layer.__class__ = twin(type(layer))
         layer.register_forward_pre_hook(_own_forward)
     layer.weight_quantizer = weight_quantizer.to(layer.weight.device)
@@ -480,6 +533,13 @@ def attach_quantizers(model, choices, relaxation="interpolate", tau=1.0):
     return model
 
 
+def keep_image_step(net, first):
+    """Leaves the step for the images at its calibrated value, where the first layer has one bitwidth for them: learning it
+    takes the gradient of the loss by the images, which nothing else needs (7 % of a ResNet-18 step on CPU)."""
+    image = quantized_layers(net)[first].input_quantizer
+    image.steps.requires_grad_(len(image.bits) > 1)
+
+
 class StepGuard:
     """`with StepGuard(model): optimizer.step()`: no quantizer step more than halves or doubles in one update. A step is a
     scale: one too large update of it, across zero, would silence its layer for good. Otherwise nothing changes."""
@@ -596,14 +656,16 @@ class Budget:
             total[0] = total[0] + self.sizes[1] / cost["weight_bits"]
         return total
 
-    def solve(self, move, reach, rounds=64):
-        """The t in [−reach, reach] where move(t), bits that fall as t grows, spends 1, from below; by bisection. Tensors
-        throughout: the device is never asked. Where all of the range costs too little, t = −reach."""
+    def solve(self, move, reach):
+        """The t in [−reach, reach] where move(t), bits that fall as t grows, spends 1, from below; move takes t [T, 1, 1] and
+        gives [T, 2, L]. Each round looks at 257 points at once, which is 8 of bisection. Tensors throughout: the device is
+        never asked. Where all of the range costs too little, t = −reach."""
         left, right = -reach, reach
-        for _ in range(rounds):
-            middle = (left + right) / 2
-            over = self.spent(move(middle)) > 1
-            left, right = torch.where(over, middle, left), torch.where(over, right, middle)
+        share = torch.linspace(0, 1, 257, dtype=torch.float64, device=self.lo.device)
+        for _ in range(7):
+            t = left + (right - left) * share
+            first = (self.spent(move(t[:, None, None])) > 1).sum().clamp_max(256)                    # point that is cheap enough
+            left, right = t[torch.stack([(first - 1).clamp_min(0), first])]
         return right
 
     def project(self, bits):
@@ -627,14 +689,15 @@ class Budget:
         slope = self.gradient(expected(logits))[..., None]
         reach = 100 * tau / torch.where(slope > 0, slope, math.inf).min()
         tilted = lambda t: logits - t * slope * values
-        t = self.solve(lambda t: expected(tilted(t)), reach)
+        t = self.solve(lambda t: expected(tilted(t[..., None])), reach)
         return torch.where((self.spent(expected(logits)) - 1).abs() <= 1e-6, logits, tilted(t))
 
     def uniform(self):
         """bits [2, L] of the (fractional) uniform policy that spends 1: where a search starts."""
         def move(t):                                                                          # t: the bitwidth, negative
-            bits = (-t).expand_as(self.lo).clamp(self.lo, self.hi)
-            return bits if "bops" in self.limits else torch.stack([bits[0], self.hi[1]])     # activations are free of size
+            bits = (-t).clamp(self.lo, self.hi)
+            free = torch.tensor([[False], ["bops" not in self.limits]], device=bits.device)      # activations are free of size
+            return torch.where(free, self.hi, bits)
 
         return move(self.solve(move, self.hi.max()))
 
@@ -813,7 +876,7 @@ class ASGA(torch.optim.Optimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state                          # shared, not copied
         self.rho_min, self.rho_max, self.alpha = rho_min, rho_max, alpha
         self.adaptive, self.project, self.direction = adaptive, project, direction
-        self.rho, self.last = torch.tensor(rho_max, dtype=torch.float64), {}
+        self.rho, self.last, self.backup = torch.tensor(rho_max, dtype=torch.float64), {}, []
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -835,29 +898,31 @@ class ASGA(torch.optim.Optimizer):
         norm = torch.nn.utils.get_total_norm([first[p] for p in moved])
         rho = self.rho = self.rho.to(norm)
         scale = torch.where(norm > 0, rho / norm, 0) - self.alpha
-        backup = [p.clone() for p in moved]
+        if [(b.shape, b.dtype, b.device) for b in self.backup] != [(p.shape, p.dtype, p.device) for p in moved]:
+            self.backup = [torch.empty_like(p) for p in moved]          # kept: fresh memory takes longer than the copy itself
+        if moved:
+            torch._foreach_copy_(self.backup, moved)
         for p in params:
             p.grad = None
         try:
             if moved:
-                torch._foreach_add_(moved, torch._foreach_mul([first[p] for p in moved], scale))
+                torch._foreach_addcmul_(moved, [first[p] for p in moved], [scale] * len(moved))
             perturbed_loss = torch.as_tensor(self._second_pass(closure, draws)).detach()
         finally:
             if moved:
-                torch._foreach_copy_(moved, backup)
+                torch._foreach_copy_(moved, self.backup)
 
         both = [p for p in params if p in first or p.grad is not None]           # no gradient in one of the passes: zero
         g = [first[p] if p in first else torch.zeros_like(p) for p in both]
         g_p = [p.grad if p.grad is not None else torch.zeros_like(p) for p in both]
-        dot = torch.stack([t.sum() for t in torch._foreach_mul(g_p, g)]).sum()                                  # ⟨g_p, g⟩
-        square = torch.nn.utils.get_total_norm(g).square()
+        dot = torch.stack([(a * b).sum() for a, b in zip(g_p, g)]).sum()                                         # ⟨g_p, g⟩
+        square = (norm if len(moved) == len(g) else torch.nn.utils.get_total_norm(g)).square()
         length = square.sqrt() * torch.nn.utils.get_total_norm(g_p)
         conflict = (dot < 0) & (square > 0)
-        if self.project:
-            torch._foreach_sub_(g_p, torch._foreach_mul(g, torch.where(conflict, dot / square, 0)))
-        if self.direction == "mean":
-            torch._foreach_add_(g_p, g)
-            torch._foreach_mul_(g_p, 0.5)
+        against = torch.where(conflict & self.project, dot / square, 0)                  # ⟨g_p, g⟩/‖g‖², where it is negative
+        share = 1.0 if self.direction == "mean" else 0.0                                                        # of g
+        torch._foreach_addcmul_(g_p, g, [share - against] * len(g))
+        torch._foreach_mul_(g_p, 1 / (1 + share))
         for p, step in zip(both, g_p):
             p.grad = step
         gap = perturbed_loss - loss                                                                             # h
@@ -1095,8 +1160,17 @@ METHODS = {
 }
 
 
+RECOMPUTE_HELP = "quantized tensors are made again in the backward pass: less memory, more time, same results"
+
+
 @dataclasses.dataclass
-class SearchSettings:
+class Precision:
+    precision: str = option("float32", "of activations and products while training; bf16 is torch's autocast",
+                            choices=["float32", "bf16"])
+
+
+@dataclasses.dataclass
+class SearchSettings(Precision):
     """What search() takes as keywords and the command line as flags."""
     method: str = option("asga", "asga; or with parts switched off: sagm (fixed radius, implicit alignment), sam, joint (no "
                          "sharpness, one pass); or uniform (no search)", choices=list(METHODS))
@@ -1116,9 +1190,12 @@ class SearchSettings:
     lr_beta: float = option(4.0, "learning rate of the bitwidths, in bits (cosine to zero)")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(1e-4, "weight decay of convolution and matrix weights")
+    recompute: bool = option(False, RECOMPUTE_HELP)
 
     def __post_init__(self):
         self.candidates_w, self.candidates_a = check_bits(self.candidates_w), check_bits(self.candidates_a)
+        if self.precision not in ("float32", "bf16"):
+            raise AsgaError(f"unknown precision {self.precision!r}: use 'float32' or 'bf16'")
         if self.method not in METHODS:
             raise AsgaError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.steps < 1:
@@ -1144,6 +1221,11 @@ def cosine(optimizer, done, total):
     """Learning rates of all groups for step `done` of `total`: cosine from base_lr to zero, nothing to save or restore."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * done / total))
+
+
+def autocast(device, precision):
+    """The context of a forward pass in "float32", or in "bf16" (autocast: weights, steps, β and the optimizer stay float32)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def first_output(out):
@@ -1187,8 +1269,13 @@ class Search:
         self.quantizers = [[getattr(layers[name], kind) for name in budget.names]                           # [2][L]
                            for kind in ("weight_quantizer", "input_quantizer")]
         self.free = [q for row in self.quantizers for q in row if len(q.bits) > 1]
+        self.values = nn.utils.rnn.pad_sequence([q.grid[0] for row in self.quantizers for q in row], batch_first=True)
+        self.values = self.values.view(2, len(budget.names), -1)                           # candidates [2, L, K], 0: it has fewer
+        keep_image_step(self.net, budget.names[0])
         self._start()
-        self.guard = StepGuard(self.net)
+        self.guard, self.prepared = StepGuard(self.net), Prepared(self.net)
+        for layer in layers.values():
+            layer.recompute = settings.recompute
         bits = [q.beta if hasattr(q, "beta") else q.logits for q in self.free]
         groups = parameter_groups(self.net, settings.lr, settings.weight_decay)
         if bits:
@@ -1205,10 +1292,9 @@ class Search:
     def _start(self):
         if self.settings.relaxation == "interpolate":
             return self._write(self.budget.uniform())
-        _, values = self._logits()
-        tilted = lambda t: torch.where(values > 0, -t * values, -math.inf)
-        expected = lambda t: (torch.softmax(tilted(t) / self.settings.tau, -1) * values).sum(-1)
-        t = self.budget.solve(expected, self.budget.hi.new_tensor(50.0))
+        tilted = lambda t: torch.where(self.values > 0, -t * self.values, -math.inf)
+        expected = lambda t: (torch.softmax(tilted(t) / self.settings.tau, -1) * self.values).sum(-1)
+        t = self.budget.solve(lambda t: expected(t[..., None]), self.budget.hi.new_tensor(50.0))
         self._write_logits(tilted(t))
 
     @torch.no_grad()
@@ -1216,8 +1302,7 @@ class Search:
         """Back onto the budget."""
         if self.settings.relaxation == "interpolate":
             return self._write(self.budget.project(self.bits()))
-        logits, values = self._logits()
-        self._write_logits(self.budget.project_logits(logits, values, self.settings.tau))
+        self._write_logits(self.budget.project_logits(self._logits(), self.values, self.settings.tau))
 
     def _write(self, bits):
         pairs = [(q.beta, b) for row, column in zip(self.quantizers, bits) for q, b in zip(row, column.unbind())
@@ -1226,12 +1311,9 @@ class Search:
             torch._foreach_copy_([beta for beta, _ in pairs], [b for _, b in pairs])
 
     def _logits(self):
-        """(z, b) [2, L, K], candidates that a quantizer lacks with z = −∞ and b = 0."""
-        most = max(len(q.bits) for row in self.quantizers for q in row)
-        pad = lambda t, value: F.pad(t.detach().double(), (0, most - len(t)), value=value)
-        z = [[pad(q.logits if len(q.bits) > 1 else q.grid[0] * 0, -math.inf) for q in row] for row in self.quantizers]
-        b = [[pad(q.grid[0], 0.0) for q in row] for row in self.quantizers]
-        return torch.stack([torch.stack(row) for row in z]), torch.stack([torch.stack(row) for row in b])
+        """z [2, L, K]; −∞ where a quantizer has fewer candidates, 0 for a single one."""
+        rows = [q.logits.detach() if len(q.bits) > 1 else torch.zeros_like(q.steps) for row in self.quantizers for q in row]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-math.inf).view_as(self.values)
 
     def _write_logits(self, logits):
         for row, zs in zip(self.quantizers, logits):
@@ -1245,8 +1327,10 @@ class Search:
 
         def closure():
             self.optimizer.zero_grad()
-            loss = loss_fn(first_output(self.net(*_as_args(x))), y)
-            loss.backward()
+            with self.prepared:
+                with autocast(self.budget.lo.device, self.settings.precision):
+                    loss = loss_fn(first_output(self.net(*_as_args(x))), y)
+                loss.backward()
             return loss
 
         self.net.train()
@@ -1254,10 +1338,9 @@ class Search:
             self.optimizer.step(closure)
         self.project()
         bits = self.bits()
-        grid = [(q.grid[0] - b).abs().amin() for row, column in zip(self.quantizers, bits) for q, b in zip(row, column)
-                if len(q.bits) > 1]
+        distance = (self.values - bits[..., None]).abs().amin(-1)
         return {**self.optimizer.last, "expected_cost": self.budget.cost(bits)["bops"],
-                "beta_distance": torch.stack(grid).mean() if grid else torch.zeros(())}
+                "beta_distance": distance.sum() / max(1, len(self.free))}
 
     def policy(self, **info):
         """The whole-bit Policy nearest to the present bits within the budget (exact knapsack). info: keys of the file."""
@@ -1517,6 +1600,11 @@ def _ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                                       # Ctrl-C is for the main process
 
 
+def _stack(images):
+    """A batch of decoded images, or the error of the first one that could not be decoded."""
+    return next((image for image in images if isinstance(image, AsgaError)), None) or torch.stack(images)
+
+
 class ImageSet(torch.utils.data.Dataset):
     """One part (train or val) of a data set: images as a uint8 tensor [N, 3, S, S], or as paths, and labels [N].
 
@@ -1577,19 +1665,25 @@ class ImageSet(torch.utils.data.Dataset):
                 yield self.images[index.to(self.images.device)].to(device), self.labels[index].to(device)
             return
         plan_, order = itertools.tee(indices)
-        loader = torch.utils.data.DataLoader(self, batch_sampler=(i.tolist() for i in plan_), collate_fn=list,
+        loader = torch.utils.data.DataLoader(self, batch_sampler=(i.tolist() for i in plan_), collate_fn=_stack,
                                              num_workers=os.cpu_count(), worker_init_fn=_ignore_interrupts,
+                                             pin_memory=device.type == "cuda",
                                              generator=torch.Generator())      # the global one is the network's
         for images, index in zip(loader, order):
-            for image in images:
-                if isinstance(image, AsgaError):
-                    raise image
-            yield torch.stack(images).to(device), self.labels[index].to(device)
+            if isinstance(images, AsgaError):
+                raise images
+            yield images.to(device, non_blocking=True), self.labels[index].to(device)
+
+
+@functools.cache
+def channel_statistics(device):
+    """(mean, deviation) [3, 1, 1], on the device once and not in every batch."""
+    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD)]
 
 
 def normalize(images, resolution):
     """uint8 [B, 3, S, S] → float32 [B, 3, R, R], ImageNet's mean and deviation."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = channel_statistics(images.device)
     x = (images.float() / 255 - mean) / std
     if x.shape[-1] != resolution:
         x = F.interpolate(x, size=resolution, mode="bilinear", align_corners=False)
@@ -1910,11 +2004,12 @@ def training_stream(part, batch_size, device, resolution, seed, style):
 def evaluate(model, part, resolution, device, batch_size=250):
     """{"accuracy": percent, "loss": mean cross-entropy} over an ImageSet, in eval mode; the model stays as it was."""
     right, loss, progress = 0, 0.0, Progress("evaluating", len(part))
-    modes = model.training
+    modes, prepared = model.training, Prepared(model)
     model.eval()
     done = 0
     for images, y in part.batches(torch.arange(len(part)).split(batch_size), device):
-        logits = first_output(model(normalize(images, resolution)))
+        with prepared:
+            logits = first_output(model(normalize(images, resolution)))
         right += (logits.argmax(1) == y).sum().item()
         loss += F.cross_entropy(logits, y, reduction="sum").item()
         done += len(y)
@@ -1938,7 +2033,7 @@ class Common:
 
 
 @dataclasses.dataclass
-class Training(Common):
+class Training(Precision, Common):
     """Flags of every command that trains."""
     arch: str = option("resnet20", "resnet20, a torchvision model's name, or path/to/file.py:function")
     weights: str = option("", "full-precision weights: a file, or imagenet (torchvision's); a classifier for other classes is replaced")
@@ -1977,6 +2072,7 @@ class TransferConfig(Pretraining):
     epochs: int = option(5, "epochs of quantization-aware tuning")
     lr: float = option(0.01, "learning rate of weights and quantizer steps (SGD with momentum 0.9, cosine to zero)")
     weight_decay: float = option(1e-4, "weight decay of convolution and matrix weights")
+    recompute: bool = option(False, RECOMPUTE_HELP)
 
 
 @dataclasses.dataclass
@@ -2090,7 +2186,8 @@ class Job:
         """SGD with momentum and a cosine schedule; seconds that it took. Also the full-precision training."""
         total = self.steps(epochs)
         groups = parameter_groups(model, lr, weight_decay)
-        optimizer, guard = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True), StepGuard(model)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+        guard, prepared = StepGuard(model), Prepared(model)
 
         def step(x, y, done):
             model.train()
@@ -2098,8 +2195,10 @@ class Job:
             for group in optimizer.param_groups:
                 group["lr"] *= min(1, (done + 1) / (warmup * total + 1))
             optimizer.zero_grad()
-            loss = F.cross_entropy(first_output(model(x)), y)
-            loss.backward()
+            with prepared:
+                with autocast(self.device, self.cfg.precision):
+                    loss = F.cross_entropy(first_output(model(x)), y)
+                loss.backward()
             with guard:
                 optimizer.step()
             return {"loss": loss.detach()}
@@ -2218,6 +2317,9 @@ def cmd_transfer(cfg):
     began = time.monotonic()
     net = attach_quantizers(job.model, policy.choices)
     calibrate(net, (x for x, _ in itertools.islice(job.stream()(0), 4)))
+    keep_image_step(net, next(iter(policy.layers)))
+    for layer in quantized_layers(net).values():
+        layer.recompute = cfg.recompute
     metrics = {"full_precision": job.evaluate(job.model), "quantized": job.evaluate(net)}
     seconds = time.monotonic() - began + job.tune(net, "transfer", cfg.epochs, cfg.lr, cfg.weight_decay, warmup=0.0)
     metrics.update(tuned=job.evaluate(net), policy_bops=policy.bops, fp_seconds=round(fp_seconds, 3),
