@@ -62,7 +62,8 @@ def mix_forward(x, row):
     """Σ_k π_k Q_k(x) with Q_k(x) = s_k · clamp(round(x / s_k), n_k, p_k)  (LSQ, Esser et al. 2020, eq. 1-2).
 
     x: any shape and float dtype. row: [4, K], steps s above zero, integer bounds n and p, mixture weights π. Returns x's
-    shape and dtype. Half precisions are computed in float32: bfloat16 cannot count beyond 256 levels.
+    shape and dtype. Half precisions are computed in float32 and rounded at the end: of 8 bits bfloat16 keeps the grid to a third of a
+    step, of 4 bits to a fiftieth.
     """
     s, n, p, pi = row
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -109,7 +110,7 @@ class Fused:
     def __call__(self, *tensors):
         if not Fused.on or torch.is_grad_enabled() or torch.compiler.is_compiling():   # grad mode: double backward
             return self.formula(*tensors)
-        x, row = tensors[-2:]
+        x, row = tensors[-2:]                                               # last in both formulas
         last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
         x = x.contiguous(memory_format=layout)
@@ -123,7 +124,8 @@ class Fused:
 
         try:
             self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
-            out = self.compiled(*(flat(t) for t in tensors[:-1]), row.detach())
+            with torch.autocast(x.device.type, enabled=False):                     # one kernel inside and outside of autocast
+                out = self.compiled(*(flat(t) for t in tensors[:-1]), row.detach())
         except Exception as error:                                                    # whatever a toolchain can raise
             out = self.formula(*tensors)                                              # raises again if the input is at fault
             Fused.on = False
@@ -232,7 +234,11 @@ class Quantizer(nn.Module):
                 self.observe(x.detach())
                 self.calibrate()
             self.ready = True
-        return FakeQuantize.apply(x, mixtures([self])[0] if self.row is None else self.row)
+        shared = self.row is not None and self.row.device == x.device                           # not in replicas on other devices
+        return FakeQuantize.apply(x, self.row if shared else mixtures([self])[0])
+
+    def __getstate__(self):
+        return {**self.__dict__, "row": None}
 
     def observe(self, x, limit=65536):
         """Keep at most `limit` values of x (drawn evenly, by a fixed seed) for calibrate()."""
@@ -295,24 +301,36 @@ def mixtures(quantizers):
 
 class Prepared:
     """`with Prepared(model): forward and backward pass`: the mixtures of all quantizers of a model are made at once, one
-    operation for all instead of one for each. Inside, steps and bitwidths must not change. Same results, sooner."""
+    operation for all instead of one for each. Inside, steps and bitwidths must not change. Same results, sooner.
+
+    Each quantizer gets its row as a leaf; the gradients that rows collected go on to steps and bitwidths at the end, so that
+    the backward pass may come in several parts (checkpointing) or leave layers out (whose gradients stay None).
+    """
 
     def __init__(self, model):
         self.quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
 
     def __enter__(self):
-        groups = {}
+        groups, self.rows = {}, []
         for q in self.quantizers:
             if q.ready:
                 kind = len(q.bits), q.relaxation, q.tau, q.steps.device, q.steps.dtype, q.steps.requires_grad
                 groups.setdefault(kind, []).append(q)
         for group in groups.values():
             for q, row in zip(group, mixtures(group).unbind()):
-                q.row = row
+                q.row = row.detach().clone().requires_grad_(row.requires_grad)      # no view: dynamo would recompile for it
+                self.rows.append((q, row))
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
+        used = [(row, q.row.grad) for q, row in self.rows if q.row.grad is not None]
+        idle = [p for q, _ in self.rows if q.row.grad is None for p in q.parameters() if p.grad is None]
         for q in self.quantizers:
             q.row = None
+        self.rows = []
+        if used and kind is None:
+            torch.autograd.backward(*zip(*used))
+            for p in idle:
+                p.grad = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -320,20 +338,31 @@ class Prepared:
 # ----------------------------------------------------------------------------------------------------------------------
 
 class Recomputed(torch.autograd.graph.saved_tensors_hooks):
-    """While a convolution runs: what it would keep of these quantized operands for the backward pass is made again there,
-    from the x that FakeQuantize keeps anyway. So a supernet holds no more activations than the full-precision network."""
+    """While a convolution or matrix product runs: what it would keep of these quantized operands for the backward pass is
+    made again there, from the x that FakeQuantize keeps anyway."""
 
-    def __init__(self, quantized):
-        nodes = {(q.data_ptr(), q.shape, q.stride()): q.grad_fn for q in quantized}
-        super().__init__(lambda t: nodes.get((t.data_ptr(), t.shape, t.stride()), t), self.again)
+    def __init__(self, operands):
+        nodes = {(q.data_ptr(), q.numel()): q.grad_fn for q in operands if type(q.grad_fn).__name__ == "FakeQuantizeBackward"}
+
+        def pack(t):
+            node = nodes.get((t.data_ptr(), t.numel()))
+            return t if node is None else (node, t.shape, t.stride())               # maybe flattened or transposed, but all of it
+
+        super().__init__(pack, self.again)
 
     @staticmethod
     @torch.no_grad()
     def again(saved):
         if torch.is_tensor(saved):
             return saved
+        node, shape, stride = saved
         with torch._C.DisableTorchFunction():                                         # as in the forward pass: the same kernel
-            return FakeQuantize.forward_kernel(*saved.saved_tensors)
+            return FakeQuantize.forward_kernel(*node.saved_tensors).as_strided(shape, stride)
+
+    @staticmethod
+    def possible():
+        """False where somebody outside decides already what is kept (checkpointing): tensors can be unpacked once only."""
+        return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None)(False) is None
 
 
 class Operands(torch.overrides.TorchFunctionMode):
@@ -355,9 +384,11 @@ class Operands(torch.overrides.TorchFunctionMode):
         if weight.shape != layer.operand_shape:
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():                  # a layer that holds other layers must not see their calls
-            operands = layer.input_quantizer(x), layer.weight_quantizer(weight)
-            made = [q for q, given in zip(operands, (x, weight)) if q is not given and q.grad_fn is not None]
-            with Recomputed(made) if layer.recompute else contextlib.nullcontext():
+            fixed = not (layer.learn_image_step or x.requires_grad) and len(layer.input_quantizer.bits) == 1
+            with torch.no_grad() if fixed else contextlib.nullcontext():
+                quantized = layer.input_quantizer(x)
+            operands = quantized, layer.weight_quantizer(weight)
+            with Recomputed(operands) if layer.recompute and Recomputed.possible() else contextlib.nullcontext():
                 out = func(*operands, **names)
         if layer.tally is not None:
             layer.tally(out.numel() * weight[0].numel())
@@ -409,7 +440,8 @@ def _own_forward(layer, args):
 
 def _attach(layer, weight_quantizer, input_quantizer):
     if not isinstance(layer, QuantizedLayer):
-        layer.operand_shape, layer.tally, layer.recompute = layer.weight.shape, None, False
+        layer.operand_shape, layer.tally = layer.weight.shape, None
+        layer.recompute, layer.learn_image_step = False, True                       # see set_training
         layer.__class__ = twin(type(layer))
         layer.register_forward_pre_hook(_own_forward)
     layer.weight_quantizer = weight_quantizer.to(layer.weight.device)
@@ -533,11 +565,12 @@ def attach_quantizers(model, choices, relaxation="interpolate", tau=1.0):
     return model
 
 
-def keep_image_step(net, first):
-    """Leaves the step for the images at its calibrated value, where the first layer has one bitwidth for them: learning it
-    takes the gradient of the loss by the images, which nothing else needs (7 % of a ResNet-18 step on CPU)."""
-    image = quantized_layers(net)[first].input_quantizer
-    image.steps.requires_grad_(len(image.bits) > 1)
+def set_training(net, recompute=False):
+    """How our own loops train a quantized network: with `recompute` see Recomputed; and where a layer's input needs no gradient
+    (images) and has one bitwidth, its step stays as calibrated: to learn it takes the gradient of the loss by the images, which
+    nothing else needs (7 % of a ResNet-18 step on CPU)."""
+    for layer in quantized_layers(net).values():
+        layer.recompute, layer.learn_image_step = recompute, False
 
 
 class StepGuard:
@@ -906,7 +939,7 @@ class ASGA(torch.optim.Optimizer):
             p.grad = None
         try:
             if moved:
-                torch._foreach_addcmul_(moved, [first[p] for p in moved], [scale] * len(moved))
+                torch._foreach_add_(moved, torch._foreach_mul([first[p] for p in moved], scale))
             perturbed_loss = torch.as_tensor(self._second_pass(closure, draws)).detach()
         finally:
             if moved:
@@ -921,8 +954,10 @@ class ASGA(torch.optim.Optimizer):
         conflict = (dot < 0) & (square > 0)
         against = torch.where(conflict & self.project, dot / square, 0)                  # ⟨g_p, g⟩/‖g‖², where it is negative
         share = 1.0 if self.direction == "mean" else 0.0                                                        # of g
-        torch._foreach_addcmul_(g_p, g, [share - against] * len(g))
-        torch._foreach_mul_(g_p, 1 / (1 + share))
+        if share or self.project:
+            torch._foreach_add_(g_p, torch._foreach_mul(g, share - against))
+        if share:
+            torch._foreach_mul_(g_p, 0.5)
         for p, step in zip(both, g_p):
             p.grad = step
         gap = perturbed_loss - loss                                                                             # h
@@ -1163,14 +1198,12 @@ METHODS = {
 RECOMPUTE_HELP = "quantized tensors are made again in the backward pass: less memory, more time, same results"
 
 
-@dataclasses.dataclass
-class Precision:
-    precision: str = option("float32", "of activations and products while training; bf16 is torch's autocast",
-                            choices=["float32", "bf16"])
+PRECISIONS = ("float32", "bf16")
+PRECISION_HELP = "of activations and products while training; bf16 is torch's autocast"
 
 
 @dataclasses.dataclass
-class SearchSettings(Precision):
+class SearchSettings:
     """What search() takes as keywords and the command line as flags."""
     method: str = option("asga", "asga; or with parts switched off: sagm (fixed radius, implicit alignment), sam, joint (no "
                          "sharpness, one pass); or uniform (no search)", choices=list(METHODS))
@@ -1190,12 +1223,11 @@ class SearchSettings(Precision):
     lr_beta: float = option(4.0, "learning rate of the bitwidths, in bits (cosine to zero)")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(1e-4, "weight decay of convolution and matrix weights")
+    precision: str = option("float32", PRECISION_HELP, choices=PRECISIONS)
     recompute: bool = option(False, RECOMPUTE_HELP)
 
     def __post_init__(self):
         self.candidates_w, self.candidates_a = check_bits(self.candidates_w), check_bits(self.candidates_a)
-        if self.precision not in ("float32", "bf16"):
-            raise AsgaError(f"unknown precision {self.precision!r}: use 'float32' or 'bf16'")
         if self.method not in METHODS:
             raise AsgaError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         if self.steps < 1:
@@ -1203,6 +1235,7 @@ class SearchSettings(Precision):
         check_finite(self, ("rho_min", "rho_max", "alpha", "lr", "lr_beta", "momentum", "weight_decay"))
         if self.rho_min > self.rho_max:
             raise AsgaError(f"rho_min {self.rho_min} is above rho_max {self.rho_max}: exchange them, or set both")
+        autocast(torch.device("cpu"), self.precision)
         if not 0 < self.tau < math.inf:
             raise AsgaError(f"tau {self.tau} must be a finite number above 0")
 
@@ -1225,6 +1258,8 @@ def cosine(optimizer, done, total):
 
 def autocast(device, precision):
     """The context of a forward pass in "float32", or in "bf16" (autocast: weights, steps, β and the optimizer stay float32)."""
+    if precision not in PRECISIONS:
+        raise AsgaError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -1271,11 +1306,9 @@ class Search:
         self.free = [q for row in self.quantizers for q in row if len(q.bits) > 1]
         self.values = nn.utils.rnn.pad_sequence([q.grid[0] for row in self.quantizers for q in row], batch_first=True)
         self.values = self.values.view(2, len(budget.names), -1)                           # candidates [2, L, K], 0: it has fewer
-        keep_image_step(self.net, budget.names[0])
+        set_training(self.net, settings.recompute)
         self._start()
         self.guard, self.prepared = StepGuard(self.net), Prepared(self.net)
-        for layer in layers.values():
-            layer.recompute = settings.recompute
         bits = [q.beta if hasattr(q, "beta") else q.logits for q in self.free]
         groups = parameter_groups(self.net, settings.lr, settings.weight_decay)
         if bits:
@@ -1329,7 +1362,8 @@ class Search:
             self.optimizer.zero_grad()
             with self.prepared:
                 with autocast(self.budget.lo.device, self.settings.precision):
-                    loss = loss_fn(first_output(self.net(*_as_args(x))), y)
+                    logits = first_output(self.net(*_as_args(x)))
+                loss = loss_fn(logits.float() if self.settings.precision == "bf16" else logits, y)
                 loss.backward()
             return loss
 
@@ -1870,9 +1904,9 @@ class Progress:
 class Run:
     """The folder of one command. A run with the same settings in the same folder goes on where it was stopped."""
 
-    def __init__(self, out, command, settings, result):
+    def __init__(self, out, command, cfg, result):
         self.out = Path(out)
-        settings = json.loads(json.dumps(settings))
+        settings, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, type(cfg)()))
         settings.pop("out", None)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1884,7 +1918,8 @@ class Run:
         if (self.out / result).exists():                                              # written last: the run was finished
             raise AsgaError(f"--out {out} holds a finished {result}: give another folder, or delete it first")
         if old is not None:
-            other = [k for k, v in settings.items() if old["settings"].get(k, v) != v]
+            old["settings"] = {**defaults, **old["settings"]}                          # by a version that lacked some of them
+            other = [k for k, v in settings.items() if old["settings"][k] != v]
             if old.get("command") != command or other:
                 what = f"{other[0]} {old['settings'][other[0]]!r}" if other else f"command {old.get('command')!r}"
                 raise AsgaError(f"--out {out} holds an unfinished run with {what}: give another folder, or delete it")
@@ -1966,8 +2001,12 @@ class Run:
             state = read_checkpoint(checkpoint)
         except AsgaError:
             raise AsgaError(f"{checkpoint} cannot be read: delete it to start this phase again")
-        for name, thing in objects.items():
-            thing.load_state_dict(state[name])
+        try:
+            for name, thing in objects.items():
+                thing.load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError):
+            raise AsgaError(f"{checkpoint} is by another version of asga.py: delete it to start this phase again, or give "
+                            f"another --out")
         torch.set_rng_state(state["rng"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -2033,7 +2072,7 @@ class Common:
 
 
 @dataclasses.dataclass
-class Training(Precision, Common):
+class Training(Common):
     """Flags of every command that trains."""
     arch: str = option("resnet20", "resnet20, a torchvision model's name, or path/to/file.py:function")
     weights: str = option("", "full-precision weights: a file, or imagenet (torchvision's); a classifier for other classes is replaced")
@@ -2044,6 +2083,7 @@ class Training(Precision, Common):
     batch_size: int = option(128, "images a step")
     seed: int = option(0, "of weights, order and augmentation")
     out: str = option("", "folder for what is made (default runs/<time>-<arch>-<data>)")
+    precision: str = option("float32", PRECISION_HELP, choices=PRECISIONS)
 
 
 @dataclasses.dataclass
@@ -2163,7 +2203,7 @@ class Job:
         label = f"{Path(cfg.arch).name.partition(':')[2] or cfg.arch}-{Path(cfg.data).name}"
         self.data.val.load(self.device)                          # a broken image shows now, not when all is done
         cfg.out = cfg.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}"
-        self.run = Run(cfg.out, self.name, dataclasses.asdict(cfg), result)
+        self.run = Run(cfg.out, self.name, cfg, result)
 
     def command(self, *words):
         """The line to type next, with the data flags of this run where `words` end with --data."""
@@ -2317,9 +2357,7 @@ def cmd_transfer(cfg):
     began = time.monotonic()
     net = attach_quantizers(job.model, policy.choices)
     calibrate(net, (x for x, _ in itertools.islice(job.stream()(0), 4)))
-    keep_image_step(net, next(iter(policy.layers)))
-    for layer in quantized_layers(net).values():
-        layer.recompute = cfg.recompute
+    set_training(net, cfg.recompute)
     metrics = {"full_precision": job.evaluate(job.model), "quantized": job.evaluate(net)}
     seconds = time.monotonic() - began + job.tune(net, "transfer", cfg.epochs, cfg.lr, cfg.weight_decay, warmup=0.0)
     metrics.update(tuned=job.evaluate(net), policy_bops=policy.bops, fp_seconds=round(fp_seconds, 3),

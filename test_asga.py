@@ -1231,6 +1231,7 @@ def test_prepared_mixtures_follow_every_change_and_leave_no_trace():
     assert not torch.equal(before, changed)
     with prepared:
         assert torch.equal(changed, net(x))
+        assert all(m.row is None for m in copy.deepcopy(net).modules() if isinstance(m, Quantizer))
     with pytest.raises(ZeroDivisionError), prepared:
         1 / 0
     assert all(q.row is None for q in prepared.quantizers)
@@ -1250,16 +1251,91 @@ def test_recomputing_frees_the_quantized_tensors_after_the_forward_pass(monkeypa
         return out
 
     monkeypatch.setattr(asga.FakeQuantize, "forward_kernel", spy)
-    net, x = next(supernets())
-    for recompute in (False, True):
-        for layer in asga.quantized_layers(net).values():
-            layer.recompute = recompute
-        made.clear()
-        out = net(x)
-        convolutions = len(made) - 2                          # the head is a matrix product, whose transposed operands are kept
-        assert (sum(ref() is None for ref in made) >= convolutions) == recompute
-        out.sum().backward()
-        assert (len(made) >= 2 * convolutions) == recompute
+    tokens = quantize(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)), (2, 4), keep=None)
+    for net, x in (next(supernets()), (tokens, torch.randn(5, 6, 8))):                # matrix products of 3-D inputs are flattened
+        net(x)
+        for recompute in (False, True):
+            for layer in asga.quantized_layers(net).values():
+                layer.recompute = recompute
+            made.clear()
+            out = net(x)
+            forward = len(made)
+            assert sum(ref() is None for ref in made) == (forward if recompute else 0)
+            out.sum().backward()
+            assert len(made) == forward * (1 + recompute)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.stem, self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 7)
+        self.reentrant, self.skip = reentrant, False
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in (self.a,) if self.skip else (self.a, self.b):
+            block = lambda x, layer=layer: F.relu(layer(x))
+            x = block(x) if self.reentrant is None else torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_checkpointing_gives_the_same_gradients(recompute):
+    found, start, x = [], Checkpointed(None).state_dict(), torch.randn(6, 3, 9, 9)
+    for reentrant in (None, True, False):
+        model = Checkpointed(reentrant)
+        model.load_state_dict(start)
+        net = quantize(model, (2, 4, 8), example_inputs=x)
+        asga.set_training(net, recompute)
+        net(x)
+        found.append(outcome(net, x, prepared=asga.Prepared(net)))
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(found[0], found[-1], strict=True))
+
+
+def test_a_layer_that_a_pass_leaves_out_gets_no_gradient():
+    x = torch.randn(6, 3, 9, 9)
+    net = quantize(Checkpointed(None), (2, 4, 8), example_inputs=x)
+    net(x)
+    net.skip = True
+    outcome(net, x, prepared=asga.Prepared(net))
+    assert {name.partition(".")[0] for name, p in net.named_parameters() if p.grad is None} == {"b"}
+    net.skip = False
+    outcome(net, x, prepared=asga.Prepared(net))
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.skipif(not compilers(), reason="no C++ compiler")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_few_kernels_serve_all_layers(monkeypatch, precision):
+    """Each kind of mixture and dtype has its kernel, small tensors another: with more, dynamo would give up, in silence."""
+    torch._dynamo.reset()
+    for name, formula in (("forward_kernel", asga.mix_forward), ("backward_kernel", asga.mix_backward)):
+        monkeypatch.setattr(asga.FakeQuantize, name, asga.Fused(formula))
+    with torch._dynamo.config.patch(recompile_limit=4 if precision == "float32" else 8, fail_on_recompile_limit_hit=True):
+        for net, x in itertools.islice(supernets(), 2):
+            asga.Fused.on = True
+            for layer in asga.quantized_layers(net).values():
+                layer.recompute = True
+            outcome(net, x, precision, asga.Prepared(net))
+            with torch.no_grad():
+                net.eval()(x)
+            net.train()
+            assert asga.Fused.on
+
+
+def test_the_projection_finds_what_bisection_finds():
+    generator = torch.Generator().manual_seed(0)
+    layers = {f"l{i}": asga.LayerCost(int(m), int(n)) for i, (m, n) in enumerate(torch.randint(1, 10 ** 6, (9, 2), generator=generator))}
+    budget = asga.Budget("3.3bit", layers, torch.full((2, 9), 2.0), torch.full((2, 9), 8.0))
+    for _ in range(20):
+        bits = 2 + 6 * torch.rand(2, 9, generator=generator, dtype=torch.float64)
+        cost = lambda b: (budget.sizes[0] * b[0] * b[1]).sum() / budget.limits["bops"]
+        slope = budget.sizes[0] * bits.flip(0) / (budget.sizes[0] * bits[0] * bits[1]).sum()
+        left, right = -1e3, 1e3
+        for _ in range(200):
+            middle = (left + right) / 2
+            left, right = (middle, right) if cost((bits - middle * slope).clamp(2, 8)) > 1 else (left, middle)
+        torch.testing.assert_close(budget.project(bits), (bits - right * slope).clamp(2, 8), rtol=0, atol=1e-7)
 
 
 class Waits(torch.utils._python_dispatch.TorchDispatchMode):
@@ -1304,6 +1380,7 @@ def test_only_the_step_for_the_images_is_kept():
         run = asga.Search(Handmade(), budget, kept, chosen, [x])
         before = {name: p.detach().clone() for name, p in run.net.named_parameters()}
         run.step(x, y, F.cross_entropy, 0)
+        run.step(x, y, F.cross_entropy, 1)
         still = [name for name, p in run.net.named_parameters() if name.endswith("steps") and p.grad is None]
         assert still == ([] if learned else ["stem.input_quantizer.steps"])      # the first called, not the first registered
         for name in still:

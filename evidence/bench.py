@@ -92,7 +92,7 @@ class Bench:
         """A step of quantization-aware tuning, as asga.Job.tune does it, of a policy with one bitwidth a tensor."""
         run = self.search(method="uniform").run
         net = asga.attach_quantizers(run.net, run.policy().choices)
-        asga.keep_image_step(net, run.budget.names[0])
+        asga.set_training(net)
         optimizer = torch.optim.SGD(asga.parameter_groups(net, 0.01, 1e-4), lr=0.01, momentum=0.9, nesterov=True)
         guard, prepared = asga.StepGuard(net), asga.Prepared(net)
 
@@ -185,8 +185,13 @@ def peak_bytes(step, device):
         step()
         synchronize(device)
         return sum(held.values()) + torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+    quiet, kept = os.open(os.devnull, os.O_WRONLY), os.dup(2)                  # the profiler prints to stderr
+    os.dup2(quiet, 2)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+    finally:
+        os.dup2(kept, 2)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -212,7 +217,9 @@ def compile_times(arguments):
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton"}
         found = {}
         for name in ("cold", "warm"):
-            out = subprocess.run([sys.executable, __file__, *arguments, "--first-step"], env=env, capture_output=True, text=True, check=True)
+            out = subprocess.run([sys.executable, __file__, *arguments, "--first-step"], env=env, capture_output=True, text=True)
+            if out.returncode:
+                raise asga.AsgaError(f"the process that times compilation failed: {out.stderr.splitlines()[-1]}; --no-compile-times")
             times = json.loads(out.stdout.splitlines()[-1])
             found[name] = times["first"] - times["later"]
     return found
@@ -298,7 +305,10 @@ def show(result, batch_size):
 
 def readme_table(files):
     """Markdown of several results, one column each."""
-    results = [json.loads(Path(f).read_text()) for f in files]
+    try:
+        results = [json.loads(Path(f).read_text()) for f in files]
+    except (OSError, ValueError) as error:
+        raise asga.AsgaError(f"--table takes files that --out wrote: {error}")
     for result in (r for r in results if "growth" in r):
         print("| changed | value | two passes, ms | ASGA step, ms | ratio |\n| --- | --- | --- | --- | --- |")
         for row in result["growth"]:
@@ -341,10 +351,16 @@ def main():
     if args.table:
         return readme_table(args.table)
     device = asga.pick_device(args.device)
+    for name in ("resolution", "batch_size", "classes", "rounds"):
+        if getattr(args, name) < 1:
+            raise asga.AsgaError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    try:
+        candidates_given = asga.check_bits([int(b) for b in args.candidates.split(",")])
+    except ValueError as error:
+        raise asga.AsgaError(f"--candidates {args.candidates!r}: give bitwidths like 2,3,4 ({error})")
 
     def make(arch=args.arch, resolution=args.resolution, batch_size=args.batch_size, candidates=None):
-        candidates = candidates or asga.check_bits([int(b) for b in args.candidates.split(",")])
-        return Bench(arch, resolution, batch_size, args.classes, candidates, args.precision, device)
+        return Bench(arch, resolution, batch_size, args.classes, candidates or candidates_given, args.precision, device)
 
     result = {"command": " ".join(["python", "evidence/bench.py", *sys.argv[1:]]), "device": asga.describe(device), "torch": torch.__version__,
               "threads": torch.get_num_threads(), "python": platform.python_version(), "settings": {k: v for k, v in vars(args).items() if k not in ("out", "table")}}
@@ -376,4 +392,5 @@ if __name__ == "__main__":
     try:
         main()
     except asga.AsgaError as error:
-        sys.exit(f"bench: error: {error}")
+        print(f"bench: error: {error}", file=sys.stderr)
+        sys.exit(2)
