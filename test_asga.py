@@ -1173,6 +1173,10 @@ def supernets():
         net = quantize(Handmade(), bits, example_inputs=x, **kw)
         net(x)
         yield net, x
+    net = quantize(Handmade(), (2, 4, 8), example_inputs=x)   # quantizers of several kinds in one network
+    net.again.weight_quantizer = Quantizer((2, 4, 8), True, "softmax", tau=0.3)
+    net(x)
+    yield net, x
     net = quantize(Handmade(), (2, 3, 5, 8), example_inputs=x)
     net(x)
     with torch.no_grad():                                     # as a perturbation leaves it: β beyond the range, a step below zero
