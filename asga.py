@@ -62,8 +62,7 @@ def mix_forward(x, row):
     """Σ_k π_k Q_k(x) with Q_k(x) = s_k · clamp(round(x / s_k), n_k, p_k)  (LSQ, Esser et al. 2020, eq. 1-2).
 
     x: any shape and float dtype. row: [4, K], steps s above zero, integer bounds n and p, mixture weights π. Returns x's
-    shape and dtype. Half precisions are computed in float32 and rounded at the end: of 8 bits bfloat16 keeps the grid to a third of a
-    step, of 4 bits to a fiftieth.
+    shape and dtype. Half precisions are computed in float32 and rounded at the end, to the 8 significant bits of bfloat16.
     """
     s, n, p, pi = row
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -89,7 +88,8 @@ def mix_backward(grad, x, row):
         rounded = clamped.round()
         inside = clamped == v
         passed = passed + torch.where(inside, pi[k], 0)
-        grad_s.append((g * torch.where(inside, rounded - v, rounded)).sum() * pi[k] / (x.numel() * p[k].clamp_min(1)).sqrt())
+        scale = pi[k] / (x.numel() * p[k].clamp_min(1)).sqrt()
+        grad_s.append((g * torch.where(inside, rounded - v, rounded)).sum() * scale)
         levels.append(s[k] * rounded)
     zero = torch.zeros_like(grad_s[0])
     grad_pi = [zero] + [(g * (level - levels[0])).sum() for level in levels[1:]]
@@ -566,9 +566,9 @@ def attach_quantizers(model, choices, relaxation="interpolate", tau=1.0):
 
 
 def set_training(net, recompute=False):
-    """How our own loops train a quantized network: with `recompute` see Recomputed; and where a layer's input needs no gradient
-    (images) and has one bitwidth, its step stays as calibrated: to learn it takes the gradient of the loss by the images, which
-    nothing else needs (7 % of a ResNet-18 step on CPU)."""
+    """How our own loops train a quantized network. recompute: see Recomputed. Where a layer's input needs no gradient (images)
+    and has one bitwidth, its step stays as calibrated: to learn it takes the gradient by the images, which nothing else needs.
+    """
     for layer in quantized_layers(net).values():
         layer.recompute, layer.learn_image_step = recompute, False
 
@@ -1196,8 +1196,6 @@ METHODS = {
 
 
 RECOMPUTE_HELP = "quantized tensors are made again in the backward pass: less memory, more time, same results"
-
-
 PRECISIONS = ("float32", "bf16")
 PRECISION_HELP = "of activations and products while training; bf16 is torch's autocast"
 
@@ -1235,7 +1233,8 @@ class SearchSettings:
         check_finite(self, ("rho_min", "rho_max", "alpha", "lr", "lr_beta", "momentum", "weight_decay"))
         if self.rho_min > self.rho_max:
             raise AsgaError(f"rho_min {self.rho_min} is above rho_max {self.rho_max}: exchange them, or set both")
-        autocast(torch.device("cpu"), self.precision)
+        if self.precision not in PRECISIONS:
+            raise AsgaError(f"unknown precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
         if not 0 < self.tau < math.inf:
             raise AsgaError(f"tau {self.tau} must be a finite number above 0")
 
@@ -1256,18 +1255,19 @@ def cosine(optimizer, done, total):
         group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * done / total))
 
 
-def autocast(device, precision):
-    """The context of a forward pass in "float32", or in "bf16" (autocast: weights, steps, β and the optimizer stay float32)."""
-    if precision not in PRECISIONS:
-        raise AsgaError(f"unknown precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
 def first_output(out):
     """The logits of networks that return more (auxiliary heads, named tuples, dicts)."""
     if isinstance(out, dict):
         return next(iter(out.values()))
     return out[0] if isinstance(out, (tuple, list)) else out
+
+
+def forward_loss(net, x, y, loss_fn, precision):
+    """The loss of one forward pass, computed in float32. In "bf16" the pass runs under autocast: weights, steps, β and the
+    optimizer stay float32."""
+    with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = first_output(net(*_as_args(x)))
+    return loss_fn(logits.float() if precision == "bf16" else logits, y)
 
 
 def plan(model, example_inputs, budget, settings):
@@ -1361,9 +1361,7 @@ class Search:
         def closure():
             self.optimizer.zero_grad()
             with self.prepared:
-                with autocast(self.budget.lo.device, self.settings.precision):
-                    logits = first_output(self.net(*_as_args(x)))
-                loss = loss_fn(logits.float() if self.settings.precision == "bf16" else logits, y)
+                loss = forward_loss(self.net, x, y, loss_fn, self.settings.precision)
                 loss.backward()
             return loss
 
@@ -1382,7 +1380,8 @@ class Search:
             raise AsgaError("the bitwidths are no longer numbers, as the loss was none: lower lr or lr_beta, check the data")
         rows = [[self._penalty(q) for q in row] for row in self.quantizers]
         tie = 1e-6 if self.settings.method == "uniform" else 0.0                      # equal bits for w and a, where it may
-        penalties = [{(w, a): pw + pa + tie * (w - a) ** 2 for w, pw in ws.items() for a, pa in as_.items()} for ws, as_ in zip(*rows)]
+        penalties = [{(w, a): pw + pa + tie * (w - a) ** 2 for w, pw in ws.items() for a, pa in as_.items()}
+                     for ws, as_ in zip(*rows)]
         sizes = {name: LayerCost(*size) for name, size in zip(self.budget.names, self.budget.sizes.t().long().tolist())}
         info = {"budget": {"spec": self.budget.spec, **self.budget.limits},
                 "candidates": {"w": list(self.settings.candidates_w), "a": list(self.settings.candidates_a)}, **info}
@@ -1406,9 +1405,9 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
 
     batches: (inputs, targets) pairs that can be iterated again and again (a list, a DataLoader), on any device; inputs are
     a tensor or a tuple of arguments. loss_fn(outputs, targets) → scalar; of several outputs it gets the first.
-    budget: BUDGET_HELP. settings: fields of SearchSettings. example_inputs: what MACs are counted on, the first input of the first batch by default: give one of
-    the resolution that you will deploy. on_step(step, record): called after each step. Raises AsgaError for settings and
-    budgets that make no sense, before any training.
+    budget: BUDGET_HELP. settings: fields of SearchSettings. example_inputs: what MACs are counted on, the first input of the
+    first batch by default: give one of the resolution that you will deploy. on_step(step, record): called after each step.
+    Raises AsgaError for settings and budgets that make no sense, before any training.
     """
     settings = SearchSettings(**settings)
     if iter(batches) is batches:
@@ -2236,8 +2235,7 @@ class Job:
                 group["lr"] *= min(1, (done + 1) / (warmup * total + 1))
             optimizer.zero_grad()
             with prepared:
-                with autocast(self.device, self.cfg.precision):
-                    loss = F.cross_entropy(first_output(model(x)), y)
+                loss = forward_loss(model, x, y, F.cross_entropy, self.cfg.precision)
                 loss.backward()
             with guard:
                 optimizer.step()

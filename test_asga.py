@@ -1159,7 +1159,7 @@ def outcome(net, x, precision="float32", prepared=None):
     net.zero_grad()
     torch.manual_seed(1)                                      # dropout
     with prepared or contextlib.nullcontext():
-        with asga.autocast(torch.device("cpu"), precision):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             out = net(x)
             loss = F.cross_entropy(out.float(), torch.arange(len(x)) % 7)
         loss.backward()
@@ -1678,6 +1678,24 @@ def test_same_seed_same_policy_and_metrics_also_when_interrupted(digits_run, tmp
         assert one == two, name
     a, b = (torch.load(f / "b/model.pt", weights_only=True)["state"] for f in (folder, tmp_path))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_of_another_version_is_not_continued_in_silence(tmp_path, capsys):
+    """Settings that it did not have count as their defaults; a checkpoint that does not fit is refused in a line."""
+    line = ["search", *QUICK, "--random-weights", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert asga.main(line) == 0
+    (tmp_path / "run/policy.json").unlink()
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    del config["settings"]["precision"]
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    torch.save({"search": {"net": {}, "optimizer": {}}, "step": 1, "seconds": 1.0, "rng": torch.get_rng_state(), "cuda_rng": []},
+               tmp_path / "run/search.ckpt")
+    capsys.readouterr()
+    for more, word in ((["--precision", "bf16"], "precision 'float32'"), ([], "search.ckpt is by another version")):
+        assert asga.main([*line, *more]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert word in error and "another" in error
+    assert (tmp_path / "run/search.ckpt").exists()
 
 
 def test_the_core_imports_without_torchvision_and_does_nothing(tmp_path):

@@ -46,8 +46,7 @@ class Bench:
         self.y = torch.randint(classes, (batch_size,), device=device)
 
     def loss(self, model):
-        with asga.autocast(self.device, self.precision):
-            return F.cross_entropy(asga.first_output(model(self.x)), self.y)
+        return asga.forward_loss(model, self.x, self.y, F.cross_entropy, self.precision)
 
     def full_precision(self, passes=1, rho=0.05):
         """A step of SGD; with two passes, of SAM."""
@@ -74,13 +73,15 @@ class Bench:
         step.holds = model, optimizer, []
         return step
 
-    def search(self, candidates=None, quantizers=True, **settings):
+    def search(self, candidates=None, quantizers=True, learn_image_step=False, **settings):
         """asga.Search.step, of a search that never ends."""
         candidates = candidates or self.candidates
         chosen = asga.SearchSettings(candidates_w=candidates, candidates_a=candidates, steps=10 ** 6, precision=self.precision, **settings)
         spec = f"{candidates[0]}bit" if len(candidates) == 1 else "3bit"
         run = asga.Search(self.model, *asga.plan(self.model, self.x[:1], spec, chosen), chosen, [self.x])
         asga.set_quantizers(run.net, quantizers)
+        for layer in asga.quantized_layers(run.net).values():
+            layer.learn_image_step = learn_image_step
 
         def step():
             run.step(self.x, self.y, F.cross_entropy, 0)
@@ -247,6 +248,7 @@ def measure(bench, rounds):
     """The main table's numbers."""
     variants = {"full_precision": bench.full_precision(), "two_pass": bench.full_precision(2), "joint": bench.search(method="joint"),
                 "asga": bench.search(), "asga_quantizers_off": bench.search(quantizers=False),
+                "asga_image_step_learned": bench.search(learn_image_step=True),
                 "asga_recompute": bench.search(recompute=True), "asga_3_candidates": bench.search(THREE),
                 "asga_12_candidates": bench.search(TWELVE), "transfer": bench.transfer(),
                 "evaluate_full_precision": bench.evaluation(False), "evaluate_quantized": bench.evaluation(True)}
@@ -258,6 +260,7 @@ def measure(bench, rounds):
         "asga_over_two_pass": ratio(samples, "asga", "two_pass"),
         "asga_over_twice_full_precision": ratio(samples, "asga", "full_precision", 2),
         "asga_recompute_over_two_pass": ratio(samples, "asga_recompute", "two_pass"),
+        "asga_image_step_learned_over_two_pass": ratio(samples, "asga_image_step_learned", "two_pass"),
         "joint_over_full_precision": ratio(samples, "joint", "full_precision"),
         "transfer_over_full_precision": ratio(samples, "transfer", "full_precision"),
         "evaluation_over_full_precision": ratio(samples, "evaluate_quantized", "evaluate_full_precision"),
@@ -304,31 +307,30 @@ def show(result, batch_size):
 
 
 def readme_table(files):
-    """Markdown of several results, one column each."""
+    """The README's tables as Markdown: one column for each result, then the growth."""
     try:
         results = [json.loads(Path(f).read_text()) for f in files]
     except (OSError, ValueError) as error:
         raise asga.AsgaError(f"--table takes files that --out wrote: {error}")
+    row = lambda name, cells: print("| " + " | ".join([name, *cells]) + " |")
+    milliseconds = lambda times: f"{1e3 * statistics.median(times):.0f} ({1e3 * min(times):.0f}-{1e3 * max(times):.0f})"
+    steps = [r for r in results if "ratios" in r]
+    if steps:
+        row("", [f"{r['settings']['arch']}, {r['settings']['precision']}" for r in steps])
+        row("---", ["---"] * len(steps))
+        for name in ("full_precision", "two_pass", "joint", "asga", "transfer"):
+            row(f"{name}, ms (range)", [milliseconds(r["samples"][name]) for r in steps])
+        for name in steps[0]["ratios"]:
+            row(name, [f"{100 * r['ratios'][name]:.1f} %" if "share" in name else f"{r['ratios'][name]:.2f}" for r in steps])
+        for name in ("cold", "warm"):
+            row(f"compile, {name}, s", [f"{r['compile'][name]:.1f}" if "compile" in r else "" for r in steps])
     for result in (r for r in results if "growth" in r):
-        print("| changed | value | two passes, ms | ASGA step, ms | ratio |\n| --- | --- | --- | --- | --- |")
-        for row in result["growth"]:
-            two, own = (1e3 * statistics.median(row["samples"][name]) for name in ("two_pass", "asga"))
-            print(f"| {row['what']} | {row['value']} | {two:.0f} | {own:.0f} | {row['asga_over_two_pass']:.2f} |")
         print()
-    results = [r for r in results if "ratios" in r]
-    if not results:
-        return
-    print("| | " + " | ".join(f"{r['settings']['arch']}, {r['settings']['precision']}" for r in results) + " |")
-    print("| --- |" + " --- |" * len(results))
-    for name in ("full_precision", "two_pass", "joint", "asga", "transfer"):
-        cells = [r["samples"][name] for r in results]
-        print(f"| {name}, ms (range) | " + " | ".join(
-            f"{1e3 * statistics.median(c):.0f} ({1e3 * min(c):.0f}-{1e3 * max(c):.0f})" for c in cells) + " |")
-    for name in results[0]["ratios"]:
-        print(f"| {name} | " + " | ".join(f"{r['ratios'][name]:.2f}" if "share" not in name else f"{100 * r['ratios'][name]:.1f} %"
-                                         for r in results) + " |")
-    for name in ("cold", "warm"):
-        print(f"| compile, {name}, s | " + " | ".join(f"{r['compile'][name]:.1f}" if r.get("compile") else "" for r in results) + " |")
+        row("changed", ["to", "two passes, ms (range)", "ASGA step, ms (range)", "ratio"])
+        row("---", ["---"] * 4)
+        for entry in result["growth"]:
+            row(entry["what"], [str(entry["value"]), *(milliseconds(entry["samples"][name]) for name in ("two_pass", "asga")),
+                                f"{entry['asga_over_two_pass']:.2f}"])
 
 
 def main():

@@ -6,9 +6,9 @@
 
 They write DIR/policy.json, as `asga.py search` does. random: β drawn evenly from the candidates' range, projected onto the budget.
 sensitivity: cross-entropy on proxy images of the training part, everything else in full precision, as in many sensitivity-based methods
-(e.g. Dong et al. 2019, HAWQ, without the Hessian). flow: in the spirit of InfoQ ("Mixed-Precision Quantization via Global Information
-Flow", AAAI 2026, 2025 preprint), which scores a tensor by what its quantization does to the information in the rest of the network; here
-that is the relative squared change of the outputs of all later layers, which is simpler than its mutual information.
+(e.g. Dong et al. 2019, HAWQ, without the Hessian). flow: in the spirit of InfoQ (Akbulut et al. 2025, arXiv 2508.04753), which scores a layer by what its
+quantization does to the mutual information in the rest of the network; here it is the relative squared change of all layers' outputs, which
+is simpler.
 """
 import argparse
 import sys
