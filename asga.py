@@ -608,6 +608,18 @@ def calibrate(model, batches):
             q.sample, q.negative = None, False
 
 
+def update_statistics(model, batches):
+    """Estimate BatchNorm's running statistics anew from `batches` (tensors), in training mode: rounding shifts what layers put
+    out, and at 2 or 3 bits the old statistics fit it badly (our choice). Frozen and unreached layers keep theirs."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    before = [copy.deepcopy(m.state_dict()) for m in norms]
+    with Prepared(model):
+        torch.optim.swa_utils.update_bn(batches, model)
+    for m, state in zip(norms, before):
+        if m.num_batches_tracked == 0:
+            m.load_state_dict(state)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Cost and budget: bit operations and bytes, a hard constraint on them, and the exact way back to whole bits
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1372,7 +1384,7 @@ class Search:
         bits = self.bits()
         distance = (self.values - bits[..., None]).abs().amin(-1)
         return {**self.optimizer.last, "expected_cost": self.budget.cost(bits)["bops"],
-                "beta_distance": distance.sum() / max(1, len(self.free))}
+                "beta_distance": distance.sum() / max(1, len(self.free)), "bits": bits.double().round(decimals=3)}
 
     def policy(self, **info):
         """The whole-bit Policy nearest to the present bits within the budget (exact knapsack). info: keys of the file."""
@@ -1948,7 +1960,7 @@ class Run:
         def flush(done):
             lines = []
             for record in pending:
-                record = {k: v.item() if torch.is_tensor(v) else v for k, v in record.items()}
+                record = {k: v.tolist() if torch.is_tensor(v) else v for k, v in record.items()}
                 if not math.isfinite(record["loss"]):
                     raise AsgaError(f"loss became {record['loss']} at step {record['step']} of {phase}: give a lower learning "
                                     f"rate or other weights, in a new --out")
@@ -2039,7 +2051,7 @@ def training_stream(part, batch_size, device, resolution, seed, style):
 
 
 @torch.no_grad()
-def evaluate(model, part, resolution, device, batch_size=250):
+def evaluate(model, part, resolution, device, batch_size=64):
     """{"accuracy": percent, "loss": mean cross-entropy} over an ImageSet, in eval mode; the model stays as it was."""
     right, loss, progress = 0, 0.0, Progress("evaluating", len(part))
     modes, prepared = model.training, Prepared(model)
@@ -2215,6 +2227,10 @@ class Job:
     def stream(self):
         return training_stream(self.train, self.cfg.batch_size, self.device, self.resolution, self.cfg.seed, self.style)
 
+    def inputs(self, count):
+        """The images of the first `count` batches."""
+        return (x for x, _ in itertools.islice(self.stream()(0), count))
+
     def steps(self, epochs):
         return epochs * max(1, len(self.train) // self.cfg.batch_size)
 
@@ -2307,9 +2323,8 @@ def cmd_search(cfg):
     else:
         fp_seconds = job.full_precision()
     torch.manual_seed(cfg.seed)
-    warm = [x for x, _ in itertools.islice(job.stream()(0), 4)]
     began = time.monotonic()
-    run = Search(job.model, budget, kept, cfg, warm)
+    run = Search(job.model, budget, kept, cfg, job.inputs(4))
     steps = 0 if cfg.method == "uniform" else cfg.steps
     seconds = time.monotonic() - began
     if steps:
@@ -2322,8 +2337,10 @@ def cmd_search(cfg):
                "resolution": job.resolution},
         search={"method": cfg.method, "seed": cfg.seed, "seconds": round(seconds, 3), "device": describe(job.device),
                 "settings": dataclasses.asdict(cfg)})
+    untuned = attach_quantizers(run.net, policy.choices)
+    update_statistics(untuned, job.inputs(16))
     metrics = {"full_precision": job.evaluate(job.model), "supernet": job.evaluate(run.net),
-               "policy": job.evaluate(attach_quantizers(run.net, policy.choices)), "policy_bops": policy.bops,
+               "policy": job.evaluate(untuned), "policy_bops": policy.bops,
                "fp_seconds": round(fp_seconds, 3), "seconds": round(seconds, 3)}
     out = job.run.out
     job.save(out / "supernet.pt", run.net, form="asga-supernet")
@@ -2354,7 +2371,8 @@ def cmd_transfer(cfg):
     torch.manual_seed(cfg.seed)
     began = time.monotonic()
     net = attach_quantizers(job.model, policy.choices)
-    calibrate(net, (x for x, _ in itertools.islice(job.stream()(0), 4)))
+    calibrate(net, job.inputs(4))
+    update_statistics(net, job.inputs(16))
     set_training(net, cfg.recompute)
     metrics = {"full_precision": job.evaluate(job.model), "quantized": job.evaluate(net)}
     seconds = time.monotonic() - began + job.tune(net, "transfer", cfg.epochs, cfg.lr, cfg.weight_decay, warmup=0.0)

@@ -430,6 +430,34 @@ def test_eval_changes_nothing_and_modes_survive():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
+def test_statistics_of_a_quantized_network_are_estimated_anew():
+    class Frozen(nn.BatchNorm2d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.frozen, self.idle = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Frozen(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.frozen(self.bn(self.conv(x)))
+
+    torch.manual_seed(0)
+    net, batches = quantize(Net(), (2, 2), keep=2), [torch.randn(5, 3, 8, 8) + k for k in range(3)]
+    asga.calibrate(net, batches)
+    for bn in (net.bn, net.frozen, net.idle):
+        bn.running_mean.fill_(7)
+    net.eval()
+    with torch.no_grad():
+        outs = [net.conv(x) for x in batches]
+    asga.update_statistics(net, iter(batches))
+    torch.testing.assert_close(net.bn.running_mean, torch.stack([o.mean((0, 2, 3)) for o in outs]).mean(0))
+    torch.testing.assert_close(net.bn.running_var, torch.stack([o.var((0, 2, 3)) for o in outs]).mean(0))
+    assert net.frozen.running_mean.eq(7).all() and net.idle.running_mean.eq(7).all()
+    assert not net.training and net.bn.momentum == 0.1
+
+
 def test_without_example_inputs_the_first_batch_calibrates():
     net, x = quantize(Handmade(), 4), torch.randn(8, 3, 24, 24)
     assert net.grouped.input_quantizer.steps.isnan().all()
@@ -1609,6 +1637,17 @@ def digits_run(tmp_path_factory):
                 "--lr-beta", "20", "--out", "a", cwd=folder)
     moved = cli("transfer", "a/policy.json", *QUICK, "--classes", "5-9", "--fp-epochs", "6", "--epochs", "3", "--out", "b", cwd=folder)
     return folder, found, moved
+
+
+def test_commands_judge_untuned_networks_by_statistics_of_their_own(tmp_path, monkeypatch):
+    seen, evaluate = [], asga.evaluate
+    count = lambda model: model.bn1.num_batches_tracked.item()
+    monkeypatch.setattr(asga, "evaluate", lambda model, *more: seen.append(count(model)) or evaluate(model, *more))
+    common = ["--data", "digits", "--no-compile", "--images", "0.05", "--batch-size", "8"]                  # 8 batches an epoch
+    for line in (["train", "--epochs", "1"], ["search", "--steps", "1", "--weights", f"{tmp_path}/train/model.pt"],
+                 ["transfer", f"{tmp_path}/search/policy.json", "--epochs", "1", "--weights", f"{tmp_path}/train/model.pt"]):
+        assert asga.main([*line, *common, "--out", f"{tmp_path}/{line[0]}"]) == 0
+    assert seen == [8] + [8, 8 + 1, 16] + [8, 16, 16 + 8]     # train; full precision, supernet, policy; the same, quantized, tuned
 
 
 def test_search_and_transfer_on_digits(digits_run):
