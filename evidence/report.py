@@ -1,0 +1,428 @@
+"""From finished runs to results/reproduce.md: tables, paired differences, verdicts, plots. Called by evidence/reproduce.py.
+
+    python evidence/report.py results/reproduce/runs.jsonl        prints the README's tables from runs in compact form
+"""
+import json
+import math
+import platform
+import random
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import asga  # noqa: E402
+
+REFERENCE = Path(__file__).with_name("reference.json")
+MARGIN = {"accuracy": 0.5, "loss": 0.01}                 # "as good as" means not worse than by this (points, cross-entropy)
+# Student's t, 97.5 %, for n = 2, 3, … values; beyond that 2.05
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
+CURVE = ("loss", "gap", "rho", "grad_norm", "cos", "projected", "beta_distance")
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+def read(path):
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def thin(log, every=10):
+    """Means of blocks of `every` steps, and the bits at the end of each."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    out = []
+    for i in range(0, len(rows), every):
+        block = rows[i:i + every]
+        mean = {k: round(sum(float(r[k]) for r in block) / len(block), 5) for k in CURVE if k in block[0]}
+        out.append({"step": block[-1]["step"] + 1, "time": block[-1]["time"], **mean, "bits": block[-1].get("bits")})
+    return out
+
+
+def collect(work, plan, transfers):
+    """One dict a finished run, {name: …}: its command, metrics, policy, thinned log."""
+    cells = {name: cell._asdict() for cell, name in transfers.items()}
+    records = {}
+    for name, job in plan.jobs.items():
+        folder = work / name
+        if not (folder / job.result).exists():
+            continue
+        command = " ".join(part.replace("{work}", "runs/reproduce") for part in job.command)
+        for source, path in plan.data.items():
+            command = command.replace(path, source.upper())
+        record = {"name": name, "command": f"python {command} --out runs/reproduce/{name}", "needs": job.needs, "cell": cells.get(name),
+                  "metrics": read(folder / "metrics.json"), "flatness": read(folder / "flatness.json")}
+        policy = read(folder / "policy.json")
+        if policy:
+            record["policy"] = {n: (e["w"], e["a"]) for n, e in policy["layers"].items()}
+            record["cost"], record["budget"] = policy["cost"], policy["budget"]
+            record["seconds"] = policy["search"].get("seconds")
+            record["passes"] = policy["search"].get("passes")
+        if (folder / "log.jsonl").exists() and name.startswith("policy/"):
+            record["log"] = thin(folder / "log.jsonl")
+        records[name] = record
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+def spread(values, form=".2f"):
+    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def bootstrap(values, draws=10_000):
+    """95 % percentile interval of the mean."""
+    generator = random.Random(0)
+    means = sorted(statistics.mean(generator.choices(values, k=len(values))) for _ in range(draws))
+    return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
+
+
+def verdict(values, margin=0.0):
+    """Do paired differences, of which larger is better, show a mean above −margin? Only where the bootstrap's and Student's 95 %
+    interval agree: of three values with one sign the bootstrap alone would say so, which chance does in one of four cases."""
+    n = len(values)
+    if n < 3:
+        return f"undecided at this n ({n})"
+    reach = (STUDENT[n - 2] if n < 21 else 2.05) * statistics.stdev(values) / math.sqrt(n)
+    low, high = bootstrap(values)
+    low, high = min(low, statistics.mean(values) - reach), max(high, statistics.mean(values) + reach)
+    return "holds" if low > -margin else "does not hold" if high < -margin or margin == 0 and high < 0 else "undecided at this n"
+
+
+def difference(values, form="+.2f"):
+    if not values:
+        return "–"
+    low, high = bootstrap(values)
+    return f"{statistics.mean(values):{form}} [{low:{form}}, {high:{form}}]"
+
+
+def spearman(x, y):
+    rank = lambda v: [sum(b < a for b in v) + (sum(b == a for b in v) - 1) / 2 for a in v]
+    return statistics.correlation(rank(x), rank(y))
+
+
+class Runs:
+    """Finished transfers by what they are."""
+
+    def __init__(self, records):
+        self.records = records
+        self.found = {}
+        for record in records.values():
+            if record.get("cell"):
+                c = record["cell"]
+                self.found.setdefault((c["net"], c["budget"], c["method"], c["proxy"], c["target"], c["share"]), {})[c["seed"]] = record
+
+    def seeds(self, net, budget, method, proxy="proxy", target="target", share="1.0"):
+        """{seed: record of the transfer}"""
+        return self.found.get((net, budget, method, proxy, target, share), {})
+
+    def paired(self, one, other, part="tuned", key="accuracy"):
+        """one − other by seed; for the loss the sign is turned, so that more is better."""
+        sign = -1 if key == "loss" else 1
+        return [sign * (one[s]["metrics"][part][key] - other[s]["metrics"][part][key]) for s in sorted(set(one) & set(other))]
+
+    def policies(self, transfers):
+        return [self.records[t["needs"][0]] for _, t in sorted(transfers.items()) if t["needs"][0] in self.records]
+
+
+def distance(policies):
+    """Mean distance of two policies, in bits a tensor, over all pairs."""
+    flat = [[b for pair in p["policy"].values() for b in pair] for p in policies]
+    pairs = [sum(abs(a - b) for a, b in zip(x, y)) / len(x) for i, x in enumerate(flat) for y in flat[:i]]
+    return statistics.mean(pairs) if pairs else math.nan
+
+
+def settled(log, within=0.1):
+    """The first logged step from which on the bits stay, on average, within 0.1 of the last ones."""
+    if not log or not log[-1]["bits"]:
+        return None
+    end, step = sum(log[-1]["bits"], []), 0
+    for row in log:
+        if statistics.mean(abs(a - b) for a, b in zip(sum(row["bits"], []), end)) > within:
+            step = row["step"]
+    return step
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+def markdown(header, rows):
+    lines = ["| " + " | ".join(map(str, r)) + " |" for r in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines) + "\n"
+
+
+def methods_table(runs, net, budget):
+    """All methods on one network and budget, carried from the proxy to the target."""
+    methods = [key[2] for key in runs.found if key[:2] == (net, budget) and key[3:] == ("proxy", "target", "1.0")]
+    uniform, joint = (runs.seeds(net, budget, m) for m in ("uniform", "joint"))
+    rows = []
+    for method in methods:
+        own = runs.seeds(net, budget, method)
+        get = lambda part, key: [r["metrics"][part][key] for r in own.values()]
+        found = runs.policies(own)
+        seconds = [p["seconds"] for p in found if p.get("seconds")]
+        rows.append([method, len(own), spread([r["metrics"]["policy_bops"] / 1e6 for r in own.values()], ".1f"),
+                     spread(get("quantized", "accuracy")), spread(get("tuned", "accuracy")), spread(get("tuned", "loss"), ".4f"),
+                     difference(runs.paired(own, uniform)) if method != "uniform" else "",
+                     difference(runs.paired(own, joint)) if method != "joint" else "",
+                     difference(runs.paired(own, joint, key="loss"), "+.4f") if method != "joint" else "",
+                     f"{statistics.mean(seconds):.0f}" if seconds and method != "uniform" else "",
+                     f"{distance(found):.2f}" if len(found) > 1 else ""])
+    return markdown(["policy", "n", "M BOPs", "directly, %", "tuned, %", "tuned, CE", "− uniform, points [95 %]", "− joint, points [95 %]",
+                     "joint's CE − its", "search, s", "seeds differ by, bits"], rows)
+
+
+def full_precision_table(runs):
+    rows = [[n.removeprefix("fp/"), f"{r['metrics']['full_precision']['accuracy']:.2f}", f"{r['metrics']['full_precision']['loss']:.4f}"]
+            for n, r in runs.records.items() if n.startswith("fp/")]
+    return markdown(["weights", "accuracy, %", "cross-entropy"], rows)
+
+
+def claims(runs):
+    """[(claim, what was compared, n, difference, verdict)]; positive differences speak for the claim. Where there are several
+    networks and budgets, also all of them together."""
+    out, settings = [], sorted({key[:2] for key in runs.found})
+
+    def compare(claim, what, one, other, part="tuned", margin=MARGIN):
+        """one, other: keywords of Runs.seeds."""
+        for key, form, unit in (("accuracy", "+.2f", "points"), ("loss", "+.4f", "CE")):
+            every = {f"{net} {budget}": runs.paired(runs.seeds(net, budget, **one), runs.seeds(net, budget, **other), part, key)
+                     for net, budget in settings}
+            every = {where: values for where, values in every.items() if values}
+            if len(every) > 1:
+                every["all of them"] = sum(every.values(), [])
+            for where, values in every.items():
+                out.append((claim, f"{where}: {what}, {unit}", len(values), difference(values, form), verdict(values, margin[key] if margin else 0.0)))
+
+    for method in ("asga", "joint"):
+        compare("1 a policy of the proxy serves as well as the target's own", f"{method}: from the proxy − from the target",
+                {"method": method}, {"method": method, "proxy": "target"})
+    for name, source in (("digits", {"proxy": "digits"}), ("10 % of the proxy", {"share": "0.1"}), ("1 % of the proxy", {"share": "0.01"})):
+        compare("1 as well as all of the proxy", f"asga: {name} − all of it", {"method": "asga", **source}, {"method": "asga"})
+    for other in ("joint", "sam", "sagm", "sensitivity", "flow", "random", "uniform"):
+        compare("2 sharpness-aware search generalizes better", f"asga − {other}", {"method": "asga"}, {"method": other}, margin=None)
+    for other in ("joint", "sensitivity", "uniform"):
+        compare("2 directly after quantizing", f"asga − {other}", {"method": "asga"}, {"method": other}, "quantized", None)
+    for variant in sorted({key[2] for key in runs.found if key[2].startswith("asga-no")}):
+        compare("2 the parts of ASGA help", f"asga − {variant}", {"method": "asga"}, {"method": variant}, margin=None)
+    compare("5 half the steps, as many passes as joint, serve as well", "asga-half-steps − joint", {"method": "asga-half-steps"}, {"method": "joint"})
+    compare("5 ASGA improves another search (cost as loss weight)", "with ASGA − without", {"method": "loss-weight-asga"},
+            {"method": "loss-weight-joint"}, margin=None)
+    return out
+
+
+def flatness_rows(runs):
+    """Claim 3: ratios or differences of asga to the others, by seed."""
+    found = {}
+    for record in runs.records.values():
+        if record.get("flatness"):
+            found[record["needs"][0]] = record["flatness"]
+    table, rows = [], []
+    for kind, where in (("policy", "supernet, proxy"), ("transfer", "tuned, target")):
+        get = lambda m: {s: found[n] for s, t in runs.seeds("resnet20", "2.4bit", m).items()
+                         for n in [t["needs"][0] if kind == "policy" else t["name"]] if n in found}
+        measures = {"eigenvalue": lambda f: f["eigenvalue"], "gap at ρ 0.05": lambda f: f["gap"]["0.05"],
+                    "points lost to noise σ 0.1": lambda f: f["accuracy"] - f["noise"]["0.1"]}
+        for method in ("joint", "sam", "sagm", "asga"):
+            own = get(method)
+            if own:
+                table.append([where, method, len(own), *(spread([m(f) for f in own.values()], ".3g") for m in measures.values())])
+        for other in ("joint", "sam", "sagm"):
+            for name, measure in measures.items():
+                a, b = get("asga"), get(other)
+                values = [measure(b[s]) - measure(a[s]) for s in sorted(set(a) & set(b))]
+                if values:
+                    rows.append(("3 flatter minima", f"{where}: {name}, {other} − asga", len(values), difference(values, "+.3g"), verdict(values)))
+    return markdown(["of", "method", "n", "largest eigenvalue", "gap at ρ = 0.05", "points lost to noise σ = 0.1"], table), rows
+
+
+def radius_rows(runs):
+    """Claim 4: adaptive and fixed ρ, from the logs of the searches."""
+    table, rows, logs = [], [], {}
+    names = sorted({k[2] for k in runs.found if k[2].startswith("asga-rho")} | {"asga", "joint"})
+    for method in names:
+        logs[method] = {s: t for s, t in runs.seeds("resnet20", "2.4bit", method).items()}
+        found = [p for p in runs.policies(logs[method]) if p.get("log")]
+        if not found:
+            continue
+        last = [statistics.mean(r["loss"] for r in p["log"][-3:]) for p in found]
+        rho = [r["rho"] for p in found for r in p["log"]]
+        table.append([method, len(found), spread(last, ".4f"), spread([p["metrics"]["supernet"]["loss"] for p in found], ".4f"),
+                      spread([p["metrics"]["policy"]["accuracy"] for p in found]), spread([s for s in (settled(p["log"]) for p in found) if s is not None], ".0f"),
+                      f"{min(rho):.3f} to {max(rho):.3f}", spread([p["seconds"] for p in found], ".0f")])
+    own = {s: runs.records[t["needs"][0]] for s, t in logs.get("asga", {}).items()}
+    for method in names:
+        if method.startswith("asga-rho"):
+            other = {s: runs.records[t["needs"][0]] for s, t in logs[method].items()}
+            common = sorted(set(own) & set(other))
+            loss = lambda p: p["metrics"]["supernet"]["loss"]
+            values = [loss(other[s]) - loss(own[s]) for s in common]
+            rows.append(("4 adaptive ρ converges faster", f"proxy loss of the supernet at the end, fixed {method[9:]} − adaptive", len(values),
+                         difference(values, "+.4f"), verdict(values)))
+            values = [settled(other[s]["log"]) - settled(own[s]["log"]) for s in common]
+            rows.append(("4 adaptive ρ converges faster", f"steps until the bits stay, fixed {method[9:]} − adaptive", len(values), difference(values, "+.0f"), verdict(values)))
+    return markdown(["search", "n", "loss, last 30 steps", "supernet, val CE", "policy, untuned, %", "bits stay from step", "ρ", "seconds"], table), rows
+
+
+def inside_rows(runs):
+    """What the searches with ASGA really did, and the gap between supernet and policy."""
+    rows = []
+    for net, budget in sorted({key[:2] for key in runs.found}):
+        for method in ("joint", "sam", "sagm", "asga"):
+            found = [p for p in runs.policies(runs.seeds(net, budget, method)) if p.get("log")]
+            if not found:
+                continue
+            log = [r for p in found for r in p["log"]]
+            mean = lambda key: statistics.mean(r[key] for r in log)
+            rows.append([f"{net} {budget}", method, len(found), spread([p["metrics"]["supernet"]["accuracy"] for p in found]),
+                         spread([p["metrics"]["policy"]["accuracy"] for p in found]), spread([p["log"][-1]["beta_distance"] for p in found]),
+                         f"{mean('rho'):.3f}", f"{mean('grad_norm'):.2f}", f"{mean('gap'):.3f}", f"{mean('cos'):.2f}", f"{100 * mean('projected'):.1f} %"])
+    return markdown(["", "method", "n", "supernet, % (proxy)", "policy untuned, %", "β to nearest candidate", "ρ", "‖g‖", "gap h", "cos(g, g_p)",
+                     "projected"], rows)
+
+
+def rank_rows(runs):
+    target, proxy = (runs.seeds("resnet20", "2.4bit", "random", target=t) for t in ("target", "proxy"))
+    common = sorted(set(target) & set(proxy))
+    if len(common) < 5:
+        return ""
+    rows = []
+    for part in ("quantized", "tuned"):
+        for key in ("accuracy", "loss"):
+            x, y = ([runs_[s]["metrics"][part][key] for s in common] for runs_ in (proxy, target))
+            generator, draws = random.Random(0), []
+            while len(draws) < 2000:
+                pick = generator.choices(range(len(common)), k=len(common))
+                if len(set(pick)) > 2:
+                    draws.append(spearman([x[i] for i in pick], [y[i] for i in pick]))
+            draws.sort()
+            rows.append([part, key, len(common), f"{spearman(x, y):+.2f} [{draws[49]:+.2f}, {draws[1949]:+.2f}]"])
+    return markdown(["", "of", "n", "Spearman's correlation of proxy and target [95 %]"], rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- plots
+
+def plots(runs, folder):
+    """PNG files; the Markdown that shows them, "" without matplotlib."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("report: no plots, as matplotlib is missing: pip install matplotlib")
+        return ""
+    shown = []
+
+    def save(figure, name, caption):
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png", dpi=110)
+        pyplot.close(figure)
+        shown.append(f"![{caption}]({folder.name}/{name}.png)\n\n*{caption}*\n")
+
+    for net, budget in sorted({key[:2] for key in runs.found}):
+        methods = [key[2] for key in runs.found if key[:2] == (net, budget) and key[3:] == ("proxy", "target", "1.0")]
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 0.35 * len(methods) + 1.5), sharey=True)
+        for axis, key, label in ((axes[0], "accuracy", "accuracy after tuning, %"), (axes[1], "loss", "cross-entropy after tuning")):
+            for i, method in enumerate(methods):
+                values = [r["metrics"]["tuned"][key] for r in runs.seeds(net, budget, method).values()]
+                axis.plot(values, [i] * len(values), "o", color="tab:gray", alpha=0.6)
+                axis.plot(statistics.mean(values), i, "|", color="tab:red", markersize=16, markeredgewidth=2)
+            axis.set_xlabel(label)
+        axes[0].set_yticks(range(len(methods)), methods)
+        save(figure, f"tuned-{net}-{budget}", f"{net}, {budget}: every seed, and the mean (red)")
+    curves = {m: [p for p in runs.policies(runs.seeds("resnet20", "2.4bit", m)) if p.get("log")]
+              for m in ("joint", "asga", *sorted(k[2] for k in runs.found if k[2].startswith("asga-rho")))}
+    if any(curves.values()):
+        figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6))
+        for method, found in curves.items():
+            if not found:
+                continue
+            mean = lambda value: [statistics.mean(values) for values in zip(*([value(p, r) for r in p["log"]] for p in found))]
+            steps = [r["step"] for r in found[0]["log"]]
+            axes[0].plot(steps, mean(lambda p, r: r["loss"]), label=method)
+            axes[1].plot(mean(lambda p, r: r["time"]), mean(lambda p, r: r["loss"]))
+            if found[0]["log"][0]["bits"]:
+                axes[2].plot(steps, mean(lambda p, r: statistics.mean(
+                    abs(a - b) for a, b in zip(sum(r["bits"], []), sum(p["log"][-1]["bits"], [])))))
+        for axis, x, y in zip(axes, ("step", "seconds", "step"), ("loss", "loss", "mean distance to the last bits")):
+            axis.set_xlabel(x)
+            axis.set_ylabel(y)
+        axes[0].legend(fontsize=7)
+        save(figure, "convergence", "resnet20, 2.4 bit: loss over steps and seconds, and how far the bits still have to go; means over seeds")
+        figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.2))
+        for found in curves["asga"]:
+            for axis, key in zip(axes, ("rho", "gap", "grad_norm")):
+                axis.plot([r["step"] for r in found["log"]], [r[key] for r in found["log"]], alpha=0.7)
+                axis.set(xlabel="step", ylabel={"rho": "ρ", "gap": "gap h", "grad_norm": "‖g‖"}[key])
+        save(figure, "radius", "resnet20, 2.4 bit, asga: what the adaptive radius did, one line a seed")
+    return "\n".join(shown)
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+def figures(runs):
+    """{cell: (mean accuracy, standard deviation, n)} of what the reference holds."""
+    out = {}
+    for key, seeds in runs.found.items():
+        values = [r["metrics"]["tuned"]["accuracy"] for r in seeds.values()]
+        out[" ".join(key)] = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values)]
+    return out
+
+
+def outside(now, reference):
+    """Lines on what lies further from the reference than three standard errors of the difference and half a point."""
+    lines = []
+    for key in sorted(set(now) & set(reference)):
+        (m, s, n), (rm, rs, rn) = now[key], reference[key]
+        tolerance = 0.5 + 3 * math.sqrt(max(s, rs, 0.3) ** 2 * (1 / n + 1 / rn))
+        if abs(m - rm) > tolerance:
+            lines.append(f"{key}: {m:.2f} %, reference {rm:.2f} ± {tolerance:.2f}")
+    return lines
+
+
+def text(runs, images=""):
+    """The report, without its header."""
+    flat, flat_claims = flatness_rows(runs)
+    radius, radius_claims = radius_rows(runs)
+    out = ["## Full precision\n", full_precision_table(runs)]
+    for net, budget in sorted({key[:2] for key in runs.found}):
+        out += [f"## {net}, {budget}: from the proxy to the target\n", methods_table(runs, net, budget)]
+    out += ["## Verdicts\n\nDifferences paired by seed, with the 95 % bootstrap interval of their mean. A positive one speaks for the claim: points of "
+            "accuracy, and cross-entropy (CE) with its sign turned. A verdict other than undecided needs Student's interval to agree, as the bootstrap "
+            "is too sure of few seeds; one in twenty is still chance. \"As well\" means not worse by more than 0.5 points or 0.01 CE.\n",
+            markdown(["claim", "compared", "n", "difference [95 %]", "verdict"], claims(runs) + flat_claims + radius_claims),
+            "## Inside the searches\n", inside_rows(runs), "## Flatness\n", flat, "## Radius\n", radius]
+    ranks = rank_rows(runs)
+    out += ["## Ranks of random policies\n", ranks] if ranks else []
+    return "\n".join([*out, images])
+
+
+def write(work, out, plan, transfers, args):
+    """results/reproduce.md and what belongs to it; True where all figures are within the reference's tolerance."""
+    folder = out / "reproduce"
+    folder.mkdir(parents=True, exist_ok=True)
+    records = collect(work, plan, transfers)
+    if not records:
+        raise asga.AsgaError(f"{work} holds no finished run: nothing to report")
+    asga.write_atomic(folder / "runs.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in records.values())))
+    runs = Runs(records)
+    now = figures(runs)
+    if args.accept:
+        asga.write_json(REFERENCE, now)
+    reference = read(REFERENCE) or {}
+    lines = outside(now, reference)
+    device = asga.describe(asga.pick_device("auto"))
+    head = (f"# What came out\n\n`bash reproduce.sh --scale {args.scale}`: {len(records)} of {len(plan.jobs)} runs. {device}, {platform.machine()}; "
+            f"{', '.join(f'{k} {v}' for k, v in asga.versions().items())}.\nProxy: {Path(args.proxy).name}; target: {Path(args.target).name}. "
+            f"Every run, its command, metrics, policy and thinned log: [`reproduce/runs.jsonl`](reproduce/runs.jsonl).\n\n"
+            f"Against the committed reference ({len(set(now) & set(reference))} figures): "
+            + ("all within the tolerance.\n" if not lines else "**outside the tolerance:** " + "; ".join(lines) + "\n"))
+    asga.write_atomic(out / "reproduce.md", lambda part: part.write_text(head + "\n" + text(runs, plots(runs, folder))))
+    print(f"{out / 'reproduce.md'}: {len(records)} runs" + "".join(f"\noutside the tolerance: {line}" for line in lines))
+    return not lines
+
+
+if __name__ == "__main__":
+    try:
+        rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    except (OSError, IndexError, ValueError) as error:
+        print(f"report: error: give a runs.jsonl that reproduce.sh wrote ({error})", file=sys.stderr)
+        sys.exit(2)
+    print(text(Runs({r["name"]: r for r in rows})))

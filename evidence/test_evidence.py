@@ -1,0 +1,145 @@
+"""What the evidence computes, against plain oracles."""
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import asga  # noqa: E402
+import flatness  # noqa: E402
+import policies  # noqa: E402
+import report  # noqa: E402
+import reproduce  # noqa: E402
+
+
+def small(bits=None):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, 2), nn.Sigmoid(), nn.Conv2d(3, 4, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(12, 3, 6, 6, dtype=torch.float64), torch.arange(12) % 3
+    net = asga.quantize(net, bits or 8, example_inputs=x)
+    asga.set_quantizers(net, bits is not None)
+    return net.eval(), [(x[:7], y[:7]), (x[7:], y[7:])]
+
+
+def test_eigenvalue_is_that_of_the_hessian_by_finite_differences():
+    net, pairs = small()
+    weights = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+    def grad():
+        loss = F.cross_entropy(net(torch.cat([x for x, _ in pairs])), torch.cat([y for _, y in pairs]))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+    rows = []
+    with torch.no_grad():
+        for w in weights:
+            for i in range(w.numel()):
+                w.view(-1)[i] += 1e-5
+                up = torch.enable_grad()(grad)()
+                w.view(-1)[i] -= 2e-5
+                rows.append((up - torch.enable_grad()(grad)()) / 2e-5)
+                w.view(-1)[i] += 1e-5
+    values = torch.linalg.eigvalsh((torch.stack(rows) + torch.stack(rows).t()) / 2)
+    found, _ = flatness.eigenvalue(net, pairs, rounds=2000, tolerance=1e-9)
+    assert abs(found) == pytest.approx(values.abs().max().item(), rel=1e-3)
+
+
+def test_eigenvalue_goes_through_the_straight_through_gradients():
+    net, pairs = small(4)
+    weights = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    loss = F.cross_entropy(net(torch.cat([x for x, _ in pairs])), torch.cat([y for _, y in pairs]))
+    grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, create_graph=True)])
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(g, weights, retain_graph=True)]) for g in grad]
+    values = torch.linalg.eigvals(torch.stack(rows))
+    assert values.abs().max() > 1e-3
+    found, _ = flatness.eigenvalue(net, pairs, rounds=3000, tolerance=1e-10)
+    assert abs(found) == pytest.approx(values.abs().max().item(), rel=1e-2)
+
+
+def test_gap_leaves_the_network_and_follows_the_gradient():
+    net, pairs = small(4)
+    pairs = [tuple(torch.cat(t) for t in zip(*pairs))]                # one batch: LSQ scales the gradient of a step by its size
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    loss, norm, gap = flatness.gaps(net, pairs)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    total = F.cross_entropy(net(torch.cat([x for x, _ in pairs])), torch.cat([y for _, y in pairs]))
+    params = [p for p in net.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(total, params)
+    assert loss == pytest.approx(total.item()) and norm == pytest.approx(torch.nn.utils.get_total_norm(grads).item())
+    with torch.no_grad():
+        for p, g in zip(params, grads):
+            p.add_(g, alpha=0.05 / norm)
+        moved = F.cross_entropy(net(torch.cat([x for x, _ in pairs])), torch.cat([y for _, y in pairs]))
+    assert gap[0.05] == pytest.approx(moved.item() - loss)
+
+
+def test_noise_is_undone():
+    net, _ = small(4)
+    net.float()
+    part = asga.ImageSet(torch.randint(256, (20, 3, 6, 6), dtype=torch.uint8), [0] * 20, 6)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    assert set(flatness.noise(net, part, 6, torch.device("cpu"))) == set(flatness.NOISE)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_statistics():
+    scipy = [0.1, 0.4, 0.2, 0.8, 0.7], [1.0, 3.0, 2.0, 4.0, 5.0]
+    assert report.spearman(*scipy) == pytest.approx(0.9) and report.spearman([1, 1, 2], [3, 3, 5]) == pytest.approx(1)
+    low, high = report.bootstrap([0.0, 1.0] * 50)
+    assert low == pytest.approx(0.4, abs=0.02) and high == pytest.approx(0.6, abs=0.02)
+    assert report.verdict([1.0, 1.1, 0.9, 1.0]) == "holds" and report.verdict([-1.0, -1.1, -0.9]) == "does not hold"
+    assert report.verdict([0.1, 0.9, 0.2]).startswith("undecided") and report.verdict([1.0, 1.0]).startswith("undecided")
+    assert report.verdict([-0.1, -0.2, -0.15, -0.2], margin=0.5) == "holds" and report.verdict([-1.0, -1.1, -0.9], 0.5) == "does not hold"
+    torch.manual_seed(0)
+    drawn = [report.verdict(torch.randn(5).tolist()) for _ in range(200)]                   # no effect: about one in twenty
+    assert sum(not v.startswith("undecided") for v in drawn) <= 16
+    assert report.distance([{"policy": {"a": (2, 3), "b": (4, 4)}}, {"policy": {"a": (3, 3), "b": (2, 4)}}]) == 0.75
+    log = [{"step": 10 * i, "bits": [[3 - max(0, 5 - i) / 9]]} for i in range(8)]
+    assert report.settled(log) == 40 and math.isnan(report.distance([]))
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+def test_every_planned_command_is_one_that_asga_understands(scale):
+    plan = reproduce.Plan({"proxy": "P", "target": "T", "digits": "digits"})
+    for cells in reproduce.sections(scale).values():
+        for cell in cells:
+            plan.transfer(cell)
+    assert len({job.command for job in plan.jobs.values()}) == len(plan.jobs)                              # no run twice
+    for job in plan.jobs.values():
+        assert all(need in plan.jobs for need in job.needs)
+        if job.command[0] == "asga.py":
+            asga.parse(list(job.command[1:]))
+
+
+def test_stopped_runs_go_on_and_failed_ones_hold_up_what_needs_them(tmp_path, capsys):
+    code = "import sys, pathlib; p = pathlib.Path(sys.argv[-1]); p.mkdir(parents=True); (p / 'r').write_text('')"
+    jobs = {name: reproduce.Job(name, command, "r", needs) for name, command, needs in
+            (("a", ("-c", code), ()), ("b", ("-c", "raise SystemExit(1)"), ()), ("c", ("-c", code), ("a",)), ("d", ("-c", code), ("b", "a")))}
+    assert not reproduce.run_all(jobs, tmp_path, 2)
+    assert {name for name in jobs if (tmp_path / name / "r").exists()} == {"a", "c"}
+    jobs["b"] = jobs["b"]._replace(command=("-c", code))
+    assert reproduce.run_all(jobs, tmp_path, 2) and "2 of 4 runs are done" in capsys.readouterr().out
+
+
+def test_sensitivity_is_the_loss_of_one_quantized_tensor():
+    torch.manual_seed(0)
+    model, x, y = asga.ResNet20(10), torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    settings = asga.SearchSettings(candidates_w=(2, 4), candidates_a=(2, 4))
+    run = asga.Search(model, *asga.plan(model, x[:1], "3bit", settings), settings, [x])
+    scores = policies.one_at_a_time(run, policies.loss_of(run, [(x, y)]))
+    place = run.budget.names.index("layer2.0.conv1")
+    net = run.net.eval()
+    asga.set_quantizers(net, False)
+    base = F.cross_entropy(net(x), y)
+    losses = []
+    for kind, bits in (("weight_quantizer", 2), ("input_quantizer", 4)):
+        q = getattr(asga.quantized_layers(net)["layer2.0.conv1"], kind)
+        q.enabled = True
+        q.beta.data.fill_(bits)
+        losses.append((F.cross_entropy(net(x), y) - base).item())
+        q.enabled = False
+    assert scores[place][2, 4] == pytest.approx(sum(losses), abs=1e-5)
