@@ -62,7 +62,7 @@ def gradient(net, params, pairs, graph=False):
         yield loss, torch.autograd.grad(loss, params, create_graph=graph, allow_unused=True, materialize_grads=True)
 
 
-def eigenvalue(net, pairs, rounds=50, tolerance=0.01):
+def eigenvalue(net, pairs, rounds=50, tolerance=0.02):
     """(largest eigenvalue by magnitude, rounds that it took); stops where a round changes it by less than the tolerance."""
     params = [m.weight for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=512, help="training images; the noise is judged on 2,500 of val")
+    parser.add_argument("--images", type=int, default=256, help="training images; the noise is judged on 2,500 of val")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     if args.images < 1:

@@ -39,6 +39,9 @@ def one_at_a_time(run, measure):
     """The same of measure() with one tensor at one bitwidth, all others in full precision; 0 where nothing is quantized."""
     asga.set_quantizers(run.net, False)
     run.net.eval()
+    for m in run.net.modules():
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            m.train()                                   # statistics of the batch at hand: those of full precision would mislead at few bits
     base, scores = measure(), {}
     free = [q for row in run.quantizers for q in row if len(q.bits) > 1]
     progress = asga.Progress("tensors", len(free))
