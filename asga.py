@@ -1391,9 +1391,11 @@ class Search:
         if not self.bits().isfinite().all():
             raise AsgaError("the bitwidths are no longer numbers, as the loss was none: lower lr or lr_beta, check the data")
         rows = [[self._penalty(q) for q in row] for row in self.quantizers]
-        tie = 1e-6 if self.settings.method == "uniform" else 0.0                      # equal bits for w and a, where it may
-        penalties = [{(w, a): pw + pa + tie * (w - a) ** 2 for w, pw in ws.items() for a, pa in as_.items()}
-                     for ws, as_ in zip(*rows)]
+        penalties = [{(w, a): pw + pa for w, pw in ws.items() for a, pa in as_.items()} for ws, as_ in zip(*rows)]
+        if self.settings.method == "uniform":       # equal bits for w and a, where it may; between whole bits the seed chooses layers
+            for layer in penalties:
+                draw = torch.rand(len(layer)).tolist()
+                layer.update({(w, a): p + 1e-4 * ((w - a) ** 2 + r) for ((w, a), p), r in zip(layer.items(), draw)})
         sizes = {name: LayerCost(*size) for name, size in zip(self.budget.names, self.budget.sizes.t().long().tolist())}
         info = {"budget": {"spec": self.budget.spec, **self.budget.limits},
                 "candidates": {"w": list(self.settings.candidates_w), "a": list(self.settings.candidates_a)}, **info}
@@ -1939,7 +1941,7 @@ class Run:
     def loop(self, phase, total, stream, step, objects, report):
         """Run step(x, y, done) for each batch of stream(start) until `total`; returns the seconds that it took.
 
-        Each step returns a record of numbers and 0-dim tensors; they are read and logged in blocks, so that a step does
+        Each step returns a record of numbers and small tensors; they are read and logged in blocks, so that a step does
         not wait for the device. objects: {name: has state_dict}, in the checkpoint with the random state. report(record)
         → {name: text} for the progress line. SIGINT and SIGTERM end it after the present step; a second one at once.
         """

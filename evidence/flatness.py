@@ -49,9 +49,10 @@ def load(run, data, device):
     return net.to(device).eval(), data, size
 
 
-def batches(part, count, size, device, length=128):
+def batches(part, count, size, device):
+    """One batch: LSQ scales the gradient of a step by the batch, so several would not add up to the gradient of all."""
     index = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:count]
-    return [(asga.normalize(x, size), y) for x, y in part.batches(index.split(length), device)]
+    return [(asga.normalize(x, size), y) for x, y in part.batches([index], device)]
 
 
 def gradient(net, params, pairs, graph=False):
@@ -135,6 +136,8 @@ def main():
     val = data.val.subset(torch.randperm(len(data.val), generator=torch.Generator().manual_seed(0))[:2500])
     result = {"run": str(args.run), "images": args.images, "loss": loss, "grad_norm": norm, "eigenvalue": value, "rounds": rounds,
               "gap": gap, "accuracy": asga.evaluate(net, val, size, device)["accuracy"], "noise": noise(net, val, size, device)}
+    if rounds == 50:
+        asga.say("the power iteration did not settle in 50 rounds: the eigenvalue is a lower bound")
     args.out.mkdir(parents=True, exist_ok=True)
     asga.write_json(args.out / "flatness.json", result)
     print(json.dumps(result, indent=1))

@@ -130,7 +130,7 @@ def main():
             flow_of(run, batches[0][0][:max(1, args.images // 16)])
         penalties = one_at_a_time(run, measure)
         seconds = time.monotonic() - began
-    policy = run.policy(arch=cfg.arch, versions=asga.versions(), proxy={"data": job.data.name, "images": args.images},
+    policy = run.policy(arch=cfg.arch, versions=asga.versions(), proxy={"data": job.data.name, "images": len(job.train) if searched else args.images},
                         search={"method": args.method, "seed": args.seed, "seconds": round(seconds, 3), "device": asga.describe(job.device),
                                 "spent": budget.spent(run.bits()).item(), "settings": vars(args)})
     if not searched:

@@ -2,7 +2,7 @@
 
     bash reproduce.sh                          all of the scale that fits this machine: small on CPU, full where CUDA is
     bash reproduce.sh --scale small --jobs 2   the same by hand; --list shows the commands, --report only writes the report
-    bash reproduce.sh --scale full --only headline,rank
+    bash reproduce.sh --scale full --only headline,rank        runs these sections only; the report is of all that is there
 
 small: resnet20, under 3 hours on 2 cores. full: more networks, budgets and ablations, meant for one GPU. Every run has a folder
 under --work and is skipped where its result is there; one that was stopped goes on. At the end come results/reproduce.md, plots, and
@@ -10,6 +10,7 @@ every run in compact form (results/reproduce/runs.jsonl). Exit code 1 where a ru
 evidence/reference.json (--accept makes the present figures the reference).
 """
 import argparse
+import hashlib
 import os
 import shlex
 import signal
@@ -59,7 +60,7 @@ NETWORKS = {
                         ("--steps", 200), ("--epochs", 1)),
     "lite0": Network(LITE, 64, {"proxy": ("--epochs", 2, "--batch-size", 64, "--lr", 0.02),
                                 "target": ("--epochs", 4, "--batch-size", 64, "--lr", 0.02)},
-                     ("--steps", 200, "--batch-size", 64), ("--epochs", 1, "--batch-size", 64)),
+                     ("--steps", 200, "--batch-size", 64), ("--epochs", 1, "--batch-size", 64, "--lr", 0.003)),
     **{arch: Network(arch, 64, {data: ("--epochs", 15) for data in ("proxy", "target")}, ("--steps", 400), ("--epochs", 5))
        for arch in ("resnet18", "mobilenet_v2")},
 }
@@ -70,11 +71,12 @@ WEIGHT = {"resnet20": 1, "lite0": 1.3, "resnet18": 20, "mobilenet_v2": 20}
 SEARCHES = {
     "uniform": ("--method", "uniform", "--random-weights"),
     "asga": (), "joint": ("--method", "joint"), "sam": ("--method", "sam"), "sagm": ("--method", "sagm"),
-    "asga-no-implicit": ("--alpha", 0), "asga-no-projection": ("--no-project",), "asga-no-adaptive": ("--no-adaptive",),
-    "asga-no-floor": ("--rho-min", 0), "asga-half-steps": ("half",),
+    "asga-no-implicit": ("--alpha", 0), "asga-no-projection": ("--no-project",), "asga-no-floor": ("--rho-min", 0),
+    "asga-half-steps": (), "joint-double-steps": ("--method", "joint"),
     **{f"asga-rho-{r}": ("--no-adaptive", "--rho-min", r, "--rho-max", r) for r in (0.005, 0.01, 0.05, 0.1)},
     "joint-softmax": ("--method", "joint", "--relaxation", "softmax"),
 }
+STEPS = {"asga-half-steps": 0.5, "joint-double-steps": 2}          # of the others' steps
 HEADLINE = ("uniform", "random", "sensitivity", "joint", "asga")
 
 
@@ -93,7 +95,7 @@ class Plan:
 
     def weights(self, net, data):
         return self.add(f"fp/{net}-{data}", ["asga.py", "train", *self.common(net, data), *NETWORKS[net].train[data]], "metrics.json",
-                        minutes=30 * WEIGHT[net])
+                        minutes=(3 if data == "digits" else 30) * WEIGHT[net])
 
     def policy(self, cell):
         """A search, or another way to a policy; its name."""
@@ -104,16 +106,14 @@ class Plan:
             return self.add(name, ["asga.py", "search", *flags, *SEARCHES["uniform"]], "policy.json", minutes=0.7 * WEIGHT[net])
         start = self.weights(net, cell.proxy)
         flags += ["--weights", f"{{work}}/{start}/model.pt"]
+        search = list(network.search)
+        search[1] = int(search[1] * STEPS.get(cell.method, 1))
+        minutes = (2.2 if "joint" in cell.method else 4.2) * STEPS.get(cell.method, 1) * WEIGHT[net]
         if cell.method not in SEARCHES:
-            return self.add(name, ["evidence/policies.py", cell.method, *flags], "policy.json", [start], 2 * WEIGHT[net])
-        own = list(SEARCHES[cell.method])
-        flags += network.search
-        if "half" in own:
-            flags[flags.index("--steps") + 1] //= 2
-            own.remove("half")
+            more = search if cell.method.startswith("loss-weight") else []
+            return self.add(name, ["evidence/policies.py", cell.method, *flags, *more], "policy.json", [start], minutes if more else 2 * WEIGHT[net])
         flags += ["--images", cell.share] if cell.share != "1.0" else []
-        minutes = 2.2 if "joint" in cell.method else 4
-        return self.add(name, ["asga.py", "search", *flags, *own], "policy.json", [start], minutes * WEIGHT[net])
+        return self.add(name, ["asga.py", "search", *flags, *search, *SEARCHES[cell.method]], "policy.json", [start], minutes)
 
     def transfer(self, cell):
         policy, start, network = self.policy(cell), self.weights(cell.net, cell.target), NETWORKS[cell.net]
@@ -128,33 +128,76 @@ class Plan:
         return self.add(name, ["evidence/flatness.py", f"{{work}}/{run}", "--data", self.data[data]], "flatness.json", [run], 1.5)
 
 
+FLATNESS = ("joint", "sagm", "asga")
+
+
 def cells(net, budget, methods, seeds, **more):
     return [Cell(net, budget, method, seed, **more) for seed in range(seeds) for method in methods]
 
 
 def sections(scale):
-    """{section: cells}, in the order of running; "rank" and "flatness" are made of them in another way (see main)."""
-    full = scale == "full"
-    plan = {"headline": cells("resnet20", "2.4bit", HEADLINE, 5),
-            "methods": cells("resnet20", "2.4bit", ("flow", "sam", "sagm", "asga-half-steps"), 3),
-            "proxy": cells("resnet20", "2.4bit", ("asga", "joint"), 3, proxy="target")
-            + cells("resnet20", "2.4bit", ("asga",), 3, proxy="digits") + cells("resnet20", "2.4bit", ("asga",), 3, share="0.01"),
-            "radius": cells("resnet20", "2.4bit", ("asga-rho-0.005", "asga-rho-0.1"), 3),
-            "plugin": cells("resnet20", "2.4bit", ("loss-weight-joint", "loss-weight-asga"), 3)}
+    """{section: cells}, in the order of running; main() adds what "flatness" looks at."""
+    full, at = scale == "full", ("resnet20", "2.4bit")
+    plan = {"headline": cells(*at, HEADLINE, 5),
+            "recipe": cells("resnet20", "4bit", ("uniform",), 1),
+            "methods": cells(*at, ("flow", "sam", "sagm", "asga-half-steps", "joint-double-steps"), 3),
+            "proxy": cells(*at, ("asga", "joint"), 3, proxy="target") + cells(*at, ("asga",), 3, proxy="digits"),
+            "radius": cells(*at, ("asga-rho-0.005", "asga-rho-0.1"), 3),
+            "plugin": cells(*at, ("loss-weight-joint", "loss-weight-asga"), 3),
+            "flatness": cells(*at, FLATNESS, 3)}
     if full:
         plan["headline"] += cells("lite0", "3bit", HEADLINE, 5) + cells("lite0", "4bit", HEADLINE, 5)
-        plan["methods"] += cells("resnet20", "2.4bit", [m for m in SEARCHES if m.startswith("asga-no")] + ["joint-softmax"], 3) \
-            + cells("lite0", "3bit", ("flow", "sam", "sagm", "asga-half-steps"), 3) + cells("resnet20", "3bit", HEADLINE, 3)
-        plan["proxy"] += cells("resnet20", "2.4bit", ("asga",), 3, share="0.1") + cells("lite0", "3bit", ("asga", "joint"), 3, proxy="target")
-        plan["radius"] += cells("resnet20", "2.4bit", ("asga-rho-0.01", "asga-rho-0.05"), 3)
-        plan["rank"] = cells("resnet20", "2.4bit", ("random",), 20) + cells("resnet20", "2.4bit", ("random",), 20, target="proxy")
+        plan["methods"] += cells(*at, ("asga-no-implicit", "asga-no-projection", "asga-no-floor", "joint-softmax"), 3) \
+            + cells("lite0", "3bit", ("flow", "sam", "sagm", "asga-half-steps", "joint-double-steps"), 3) + cells("resnet20", "3bit", HEADLINE, 3)
+        plan["proxy"] += cells(*at, ("asga",), 3, share="0.1") + cells(*at, ("asga",), 3, share="0.01") \
+            + cells("lite0", "3bit", ("asga", "joint"), 3, proxy="target")
+        plan["radius"] += cells(*at, ("asga-rho-0.01", "asga-rho-0.05"), 3)
+        plan["rank"] = cells(*at, ("random",), 20) + cells(*at, ("random",), 20, target="proxy")
         if asga.torch.cuda.is_available():
             plan["headline"] += [c for net in ("resnet18", "mobilenet_v2") for budget in ("3bit", "4bit") for c in cells(net, budget, HEADLINE, 3)]
     return plan
 
 
+def planned(scale, data):
+    """(Plan, {cell: its transfer}, {section: names of its runs}) of a scale."""
+    plan, transfers, names = Plan(data), {}, {}
+    for section, wanted in sections(scale).items():
+        before = list(plan.jobs)
+        for cell in wanted:
+            transfers[cell] = plan.transfer(cell)
+            if section == "flatness":
+                plan.flatness(plan.policy(cell), "proxy")
+                plan.flatness(transfers[cell], "target")
+        names[section] = [name for name in plan.jobs if name not in before] + [transfers[cell] for cell in wanted]
+    return plan, transfers, names
+
+
+def with_needs(jobs, names):
+    """The jobs of these names and all that they need, in the plan's order."""
+    wanted, todo = set(), list(names)
+    while todo:
+        name = todo.pop()
+        if name not in wanted:
+            wanted.add(name)
+            todo += jobs[name].needs
+    return {name: job for name, job in jobs.items() if name in wanted}
+
+
+def line(job, work):
+    return shlex.join(["python", *(part.replace("{work}", str(work)) for part in job.command), "--out", str(Path(work) / job.name)])
+
+
+def check(jobs, work):
+    """AsgaError where --work holds a run that was started by another command than is planned now."""
+    for job in jobs.values():
+        log = work / f"{job.name}.log"
+        if log.exists() and (first := log.read_text().partition("\n")[0]) and first != line(job, work):
+            raise asga.AsgaError(f"{work / job.name} was made by another command ({first}): delete it and its .log, or give another --work")
+
+
 def run_all(jobs, work, parallel):
     """Run what has no result yet, `parallel` at a time, needs first; True where all succeeded."""
+    version = hashlib.sha256((ROOT / "asga.py").read_bytes()).hexdigest()[:12]
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
     finished = {name for name, job in jobs.items() if (work / name / job.result).exists()}
     waiting = [name for name in jobs if name not in finished]
@@ -167,15 +210,16 @@ def run_all(jobs, work, parallel):
                 if any(need in failed for need in jobs[name].needs):
                     waiting.remove(name)
                     failed.add(name)
+                    print(f"left out, as it needs a run that failed: {name}", flush=True)
                 elif len(running) < parallel and all(need in finished for need in jobs[name].needs):
                     waiting.remove(name)
                     folder = work / name
                     folder.parent.mkdir(parents=True, exist_ok=True)
-                    command = [part.replace("{work}", str(work)) for part in jobs[name].command] + ["--out", str(folder)]
+                    command = line(jobs[name], work)
                     with open(f"{folder}.log", "a") as log:
-                        print(shlex.join(["python", *command]), file=log, flush=True)
-                        running[name] = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=log, stderr=log,
-                                                         start_new_session=True)                    # Ctrl-C reaches it through us
+                        print(f"{command}\nasga.py {version}", file=log, flush=True)
+                        running[name] = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, env=env, stdout=log,
+                                                         stderr=log, start_new_session=True)        # Ctrl-C reaches it through us
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
@@ -184,7 +228,7 @@ def run_all(jobs, work, parallel):
                           f"({(time.monotonic() - began) / 60:.0f} min, about {left():.0f} left)", flush=True)
             time.sleep(0.2)
     except BaseException:
-        print("\nstopping: each run saves what it did, the same command goes on", flush=True)
+        print("\nstopping; the same command goes on: searches and training where they were, short runs from their start", flush=True)
         for process in running.values():
             process.send_signal(signal.SIGINT)
         for process in running.values():
@@ -196,8 +240,8 @@ def run_all(jobs, work, parallel):
 def main():
     parser = argparse.ArgumentParser(prog="bash reproduce.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=["small", "full"], default="full" if asga.torch.cuda.is_available() else "small")
-    parser.add_argument("--only", default="", help="sections, joined by commas")
-    parser.add_argument("--jobs", type=int, default=int(os.environ.get("JOBS", 0)) or min(os.cpu_count() or 1, 4),
+    parser.add_argument("--only", default="", help="sections to run, joined by commas")
+    parser.add_argument("--jobs", type=int, default=os.environ.get("JOBS") or min(os.cpu_count() or 1, 4),
                         help="runs side by side (default: JOBS, else one a core, 4 at most)")
     root = Path(os.environ.get("ASGA_DATA", "data"))
     parser.add_argument("--proxy", default=str(root / "cifar10"), help="folder with train/CLASS/* and val/CLASS/*; default $ASGA_DATA/cifar10")
@@ -206,44 +250,41 @@ def main():
     parser.add_argument("--out", default="results", help="where reproduce.md goes")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
-    parser.add_argument("--accept", action="store_true", help="make these figures the reference")
+    parser.add_argument("--accept", action="store_true", help="these figures become the reference, where all runs are done")
     args = parser.parse_args()
-    for name in ("proxy", "target"):
-        if not (Path(getattr(args, name)) / "train").is_dir():
-            raise asga.AsgaError(f"--{name} {getattr(args, name)} is no folder with train/ and val/: set ASGA_DATA or give --{name} "
-                                 f"(without data, `bash reproduce.sh quick` runs on the digits that lie here)")
     if args.jobs < 1:
         raise asga.AsgaError(f"--jobs {args.jobs} must be at least 1")
-    planned = sections(args.scale)
-    chosen = args.only.split(",") if args.only else [*planned, "flatness"]
-    unknown = set(chosen) - {*planned, "flatness"}
-    if unknown:
-        raise asga.AsgaError(f"--only {unknown.pop()!r}: the sections of {args.scale} are {', '.join([*planned, 'flatness'])}")
-    plan = Plan({"proxy": str(Path(args.proxy).resolve()), "target": str(Path(args.target).resolve()), "digits": "digits"})
-    transfers = {cell: plan.transfer(cell) for section in chosen for cell in planned.get(section, ())}
-    if "flatness" in chosen:
-        for cell in cells("resnet20", "2.4bit", ("joint", "sam", "sagm", "asga"), 3):
-            transfers[cell] = plan.transfer(cell)
-            plan.flatness(plan.policy(cell), "proxy")
-            plan.flatness(transfers[cell], "target")
-    if any(cell.net == "lite0" for cell in transfers):
-        try:
-            asga.build(str(ROOT / LITE), 10)
-        except asga.AsgaError as error:
-            raise asga.AsgaError(f"{error}: pip install -r evidence/requirements.txt, or --scale small")
-    work = Path(args.work).resolve()
+    data = {"proxy": str(Path(args.proxy).resolve()), "target": str(Path(args.target).resolve()), "digits": "digits"}
+    plan, transfers, names = planned(args.scale, data)
+    chosen = args.only.split(",") if args.only else list(names)
+    for section in chosen:
+        if section not in names:
+            raise asga.AsgaError(f"--only {section!r}: the sections of {args.scale} are {', '.join(names)}")
+    jobs, work = with_needs(plan.jobs, [name for section in chosen for name in names[section]]), Path(args.work).resolve()
     if args.list:
-        for job in plan.jobs.values():
-            print(shlex.join(["python", *(part.replace("{work}", args.work) for part in job.command), "--out", f"{args.work}/{job.name}"]))
+        print("\n".join(line(job, args.work) for job in jobs.values()))
         return 0
-    print(f"scale {args.scale}: {', '.join(chosen)}; {args.jobs} runs side by side; runs in {args.work}", flush=True)
-    complete = args.report or run_all(plan.jobs, work, args.jobs)
+    complete = True
+    if not args.report:
+        for name in ("proxy", "target"):
+            if not (Path(getattr(args, name)) / "train").is_dir():
+                raise asga.AsgaError(f"--{name} {getattr(args, name)} is no folder with train/ and val/: set ASGA_DATA or give --{name} "
+                                     f"(without data, `bash reproduce.sh quick` runs on the digits that lie here)")
+        if any("lite0" in name for name in jobs):
+            try:
+                asga.build(str(ROOT / LITE), 10)
+            except asga.AsgaError as error:
+                raise asga.AsgaError(f"{error}: pip install -r evidence/requirements.txt, or --scale small")
+        check(jobs, work)
+        print(f"scale {args.scale}: {', '.join(chosen)}; {args.jobs} runs side by side; runs in {args.work}", flush=True)
+        complete = run_all(jobs, work, args.jobs)
     import report
-    inside = report.write(work, Path(args.out), plan, transfers, args)
-    return 0 if complete and inside else 1
+    return 0 if report.write(work, Path(args.out), plan, transfers, args) and complete else 1
 
 
 if __name__ == "__main__":
+    for ended in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ended, signal.default_int_handler)                           # as Ctrl-C, so that no run outlives this one
     try:
         sys.exit(main())
     except asga.AsgaError as error:
