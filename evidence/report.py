@@ -449,6 +449,14 @@ def write(work, out, plan, transfers, args):
         raise asga.AsgaError(f"--accept needs all {len(plan.jobs)} runs of {args.scale}; {len(records)} are done")
     folder.mkdir(parents=True, exist_ok=True)
     asga.write_atomic(folder / "runs.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in records.values())))
+    for name in plan.ready:
+        if name in records:                                                     # policy/NET-proxy-BUDGET-asga-0 → NET-BUDGET.json
+            net, _, budget = name.removeprefix("policy/").split("-")[:3]
+            (out / "policies").mkdir(exist_ok=True)
+            policy = json.loads((work / name / "policy.json").read_text())
+            policy["proxy"]["data"] = Path(policy["proxy"]["data"]).name                                   # no paths of this machine
+            policy["search"]["settings"].update(data=policy["proxy"]["data"], weights="", out="")
+            asga.write_json(out / "policies" / f"{net}-{budget}.json", policy)
     runs = Runs(records)
     now, reference = figures(runs), read(REFERENCE) or {}
     if args.accept:

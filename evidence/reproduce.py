@@ -4,7 +4,7 @@
     bash reproduce.sh --scale small --jobs 2   the same by hand; --list shows the commands, --report only writes the report
     bash reproduce.sh --scale full --only headline,rank        runs these sections only; the report is of all that is there
 
-small: resnet20, under 3 hours on 2 cores. full: more networks, budgets and ablations, meant for one GPU. Every run has a folder
+small: resnet20, about 3 hours on 2 cores. full: more networks, budgets and ablations, meant for one GPU. Every run has a folder
 under --work and is skipped where its result is there; one that was stopped goes on. At the end come results/reproduce.md, plots, and
 every run in compact form (results/reproduce/runs.jsonl). Exit code 1 where a run failed, or where a figure leaves the tolerance around
 evidence/reference.json (--accept makes the present figures the reference).
@@ -26,9 +26,11 @@ import asga  # noqa: E402
 
 
 class Network(NamedTuple):
-    """A network of the evidence: the same flags for every method. train: of the full-precision weights, on each data set."""
+    """A network of the evidence: the same flags for every method. resolution: of the images; cost: where budgets are counted;
+    train: of the full-precision weights, on each data set."""
     arch: str
     resolution: int
+    cost: int
     train: dict
     search: tuple
     tune: tuple
@@ -56,16 +58,16 @@ class Job(NamedTuple):
 
 LITE = "evidence/networks.py:efficientnet_lite0"
 NETWORKS = {
-    "resnet20": Network("resnet20", 32, {"proxy": ("--epochs", 12), "target": ("--epochs", 15), "digits": ("--epochs", 20)},
+    "resnet20": Network("resnet20", 32, 32, {"proxy": ("--epochs", 12), "target": ("--epochs", 15), "digits": ("--epochs", 20)},
                         ("--steps", 200), ("--epochs", 1)),
-    "lite0": Network(LITE, 64, {"proxy": ("--epochs", 2, "--batch-size", 64, "--lr", 0.02),
-                                "target": ("--epochs", 4, "--batch-size", 64, "--lr", 0.02)},
+    "lite0": Network(LITE, 64, 64, {"proxy": ("--epochs", 2, "--batch-size", 64, "--lr", 0.02),
+                                    "target": ("--epochs", 4, "--batch-size", 64, "--lr", 0.02)},
                      ("--steps", 200, "--batch-size", 64), ("--epochs", 1, "--batch-size", 64, "--lr", 0.003)),
-    **{arch: Network(arch, 64, {data: ("--epochs", 15) for data in ("proxy", "target")}, ("--steps", 400), ("--epochs", 5))
-       for arch in ("resnet18", "mobilenet_v2")},
+    **{arch: Network(arch, 64, 224, {data: ("--epochs", 8) for data in ("proxy", "target")}, ("--steps", 400, "--batch-size", 64), ("--epochs", 2))
+       for arch in ("resnet18", "mobilenet_v2", "resnet50")},
 }
 # how one minute of resnet20 stretches on the others, roughly, on a CPU
-WEIGHT = {"resnet20": 1, "lite0": 1.3, "resnet18": 20, "mobilenet_v2": 20}
+WEIGHT = {"resnet20": 1, "lite0": 1.3, "resnet18": 2, "mobilenet_v2": 2, "resnet50": 5}
 
 # flags of `asga.py search`; a method that is not here is one of evidence/policies.py
 SEARCHES = {
@@ -84,7 +86,7 @@ class Plan:
     """All jobs, made on demand: to ask for a transfer makes its search, and the weights of both."""
 
     def __init__(self, data):
-        self.data, self.jobs = data, {}
+        self.data, self.jobs, self.ready = data, {}, []
 
     def add(self, name, command, result, needs=(), minutes=1.0):
         self.jobs.setdefault(name, Job(name, tuple(map(str, command)), result, tuple(needs), minutes))
@@ -101,7 +103,7 @@ class Plan:
         """A search, or another way to a policy; its name."""
         net, network = cell.net, NETWORKS[cell.net]
         name = f"policy/{net}-{cell.proxy}-{cell.budget}-{cell.method}{'' if cell.share == '1.0' else '-' + cell.share}-{cell.seed}"
-        flags = [*self.common(net, cell.proxy), "--budget", cell.budget, "--cost-resolution", network.resolution, "--seed", cell.seed]
+        flags = [*self.common(net, cell.proxy), "--budget", cell.budget, "--cost-resolution", network.cost, "--seed", cell.seed]
         if cell.method == "uniform":
             return self.add(name, ["asga.py", "search", *flags, *SEARCHES["uniform"]], "policy.json", minutes=0.7 * WEIGHT[net])
         start = self.weights(net, cell.proxy)
@@ -119,7 +121,7 @@ class Plan:
         policy, start, network = self.policy(cell), self.weights(cell.net, cell.target), NETWORKS[cell.net]
         name = f"transfer/{policy.removeprefix('policy/')}-to-{cell.target}"
         return self.add(name, ["asga.py", "transfer", f"{{work}}/{policy}/policy.json", *self.common(cell.net, cell.target), "--weights",
-                               f"{{work}}/{start}/model.pt", "--seed", cell.seed, "--cost-resolution", network.resolution, *network.tune],
+                               f"{{work}}/{start}/model.pt", "--seed", cell.seed, "--cost-resolution", network.cost, *network.tune],
                         "metrics.json", [policy, start], 2 * WEIGHT[cell.net])
 
     def flatness(self, run, data):
@@ -144,7 +146,8 @@ def sections(scale):
             "proxy": cells(*at, ("asga", "joint"), 3, proxy="target") + cells(*at, ("asga",), 3, proxy="digits"),
             "radius": cells(*at, ("asga-rho-0.005", "asga-rho-0.1"), 3),
             "plugin": cells(*at, ("loss-weight-joint", "loss-weight-asga"), 3),
-            "flatness": cells(*at, FLATNESS, 3)}
+            "flatness": cells(*at, FLATNESS, 3),
+            "policies": cells("resnet20", "3bit", ("asga",), 1) + cells("resnet20", "4bit", ("asga",), 1)}
     if full:
         plan["headline"] += cells("lite0", "3bit", HEADLINE, 5) + cells("lite0", "4bit", HEADLINE, 5)
         plan["methods"] += cells(*at, ("asga-no-implicit", "asga-no-projection", "asga-no-floor", "joint-softmax"), 3) \
@@ -153,7 +156,10 @@ def sections(scale):
             + cells("lite0", "3bit", ("asga", "joint"), 3, proxy="target")
         plan["radius"] += cells(*at, ("asga-rho-0.01", "asga-rho-0.05"), 3)
         plan["rank"] = cells(*at, ("random",), 20) + cells(*at, ("random",), 20, target="proxy")
-        if asga.torch.cuda.is_available():
+        cuda = asga.torch.cuda.is_available()
+        plan["policies"] += [c for net in ("resnet18", "mobilenet_v2", *(["resnet50"] if cuda else []))
+                             for budget in ("3bit", "4bit") for c in cells(net, budget, ("asga",), 1)]
+        if cuda:
             plan["headline"] += [c for net in ("resnet18", "mobilenet_v2") for budget in ("3bit", "4bit") for c in cells(net, budget, HEADLINE, 3)]
     return plan
 
@@ -163,6 +169,9 @@ def planned(scale, data):
     plan, transfers, names = Plan(data), {}, {}
     for section, wanted in sections(scale).items():
         before = list(plan.jobs)
+        if section == "policies":                                                        # ready to use: searched, not carried over
+            names[section] = plan.ready = [plan.policy(cell) for cell in wanted]
+            continue
         for cell in wanted:
             transfers[cell] = plan.transfer(cell)
             if section == "flatness":
