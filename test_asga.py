@@ -1639,6 +1639,24 @@ def digits_run(tmp_path_factory):
     return folder, found, moved
 
 
+def test_uniform_between_whole_bits_draws_the_layers():
+    def policy(spec, seed):
+        torch.manual_seed(seed)
+        x, settings = torch.randn(2, 3, 32, 32), asga.SearchSettings(method="uniform")
+        return asga.Search(model, *asga.plan(model, x, spec, settings), settings, [x]).policy()
+
+    model = asga.ResNet20()
+    found = [policy("2.4bit", seed) for seed in (0, 0, 1)]
+    assert found[0].layers == found[1].layers != found[2].layers
+    for p in found:
+        pairs = list(p.layers.values())[1:-1]
+        assert {b for pair in pairs for b in pair} == {2, 3} and sum(w != a for w, a in pairs) <= 4
+        assert 0.99 * p.info["budget"]["bops"] <= p.bops <= p.info["budget"]["bops"]
+        first, last = pairs[:9], pairs[9:]                                     # not one after the other in depth
+        assert any(3 in pair for pair in first) and any(3 in pair for pair in last)
+    assert all(set(list(policy("3bit", seed).layers.values())[1:-1]) == {(3, 3)} for seed in (0, 1))
+
+
 def test_commands_judge_untuned_networks_by_statistics_of_their_own(tmp_path, monkeypatch):
     seen, evaluate = [], asga.evaluate
     count = lambda model: model.bn1.num_batches_tracked.item()

@@ -65,6 +65,7 @@ MUTATIONS = {
     "statistics: frozen and unreached layers lose theirs": ("        if m.num_batches_tracked == 0:\n            m.load_state_dict(state)", "        pass"),
     "statistics: the search's policy keeps the supernet's": ("    update_statistics(untuned, job.inputs(16))\n", ""),
     "statistics: the transfer keeps full precision's": ("    update_statistics(net, job.inputs(16))\n", ""),
+    "uniform: the first layers take what is left": ("draw = torch.rand(len(layer)).tolist()", "draw = [0.0] * len(layer)"),
     "images: their step learned": ("layer.recompute, layer.learn_image_step = recompute, False", "layer.recompute, layer.learn_image_step = recompute, True"),
     "images: their bits not learned": (" and len(layer.input_quantizer.bits) == 1", ""),
     "compiled: one kernel for each state of autocast": ("with torch.autocast(x.device.type, enabled=False):", "if True:"),
