@@ -249,10 +249,10 @@ def run_all(jobs, work, parallel):
 def main():
     parser = argparse.ArgumentParser(prog="bash reproduce.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=["small", "full"], default="full" if asga.torch.cuda.is_available() else "small")
-    parser.add_argument("--only", default="", help="sections to run, joined by commas")
+    parser.add_argument("--only", default="", help="sections to run (headline, recipe, …), joined by commas")
     parser.add_argument("--jobs", type=int, default=os.environ.get("JOBS") or min(os.cpu_count() or 1, 4),
                         help="runs side by side (default: JOBS, else one a core, 4 at most)")
-    root = Path(os.environ.get("ASGA_DATA", "data"))
+    root = Path(os.environ.get("ASGA_DATA") or "data")
     parser.add_argument("--proxy", default=str(root / "cifar10"), help="folder with train/CLASS/* and val/CLASS/*; default $ASGA_DATA/cifar10")
     parser.add_argument("--target", default=str(root / "tinyimagenet50"), help="the same; default $ASGA_DATA/tinyimagenet50")
     parser.add_argument("--work", default="runs/reproduce", help="where the runs are")
