@@ -64,7 +64,7 @@ def test_gap_leaves_the_network_and_follows_the_gradient():
     net, pairs = small(4)
     pairs = [tuple(torch.cat(t) for t in zip(*pairs))]                # one batch: LSQ scales the gradient of a step by its size
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    loss, norm, gap = flatness.gaps(net, pairs)
+    loss, norm, moves, gap = flatness.gaps(net, pairs)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     total = F.cross_entropy(net(torch.cat([x for x, _ in pairs])), torch.cat([y for _, y in pairs]))
     params = [p for p in net.parameters() if p.requires_grad]
@@ -74,6 +74,7 @@ def test_gap_leaves_the_network_and_follows_the_gradient():
         for p, g in zip(params, grads):
             p.add_(g, alpha=0.05 / norm)
         moved = F.cross_entropy(net(torch.cat([x for x, _ in pairs])), torch.cat([y for _, y in pairs]))
+    assert set(moves) == {"weights", "other", "steps"} and math.hypot(*moves.values()) == pytest.approx(0.05)
     assert gap[0.05] == pytest.approx(moved.item() - loss)
 
 
