@@ -6,7 +6,7 @@
 They are written to DIR/flatness.json. Training images without augmentation, eval mode, so that BatchNorm's statistics stand still.
 eigenvalue: the largest one (by magnitude) of the Hessian of the loss by the weights, quantizer steps and bitwidths held fixed: power
 iteration, a product with the Hessian being the derivative of ⟨∇L, v⟩ through the straight-through gradients. gap: L(θ + ρ g/‖g‖) − L(θ)
-with g the gradient of all these images, over all parameters; moves: how far that moves each kind of them at ρ = 0.05 (L2). noise: accuracy (val) with σ · rms(w) · N(0, 1) added to each weight
+with g the gradient of all these images, over all parameters; moves: how far that moves each kind of them at ρ = 0.05 (L2); cos: of g and of g_p there, by kind. noise: accuracy (val) with σ · rms(w) · N(0, 1) added to each weight
 tensor, mean over draws.
 """
 import argparse
@@ -83,27 +83,36 @@ def eigenvalue(net, pairs, rounds=50, tolerance=0.02):
 
 
 def gaps(net, pairs):
-    """(L, ‖g‖, moves, {ρ: L(θ + ρ g/‖g‖) − L(θ)}); the network is as before afterwards."""
+    """(L, ‖g‖, {kind: moves}, {kind: cos}, {ρ: L(θ + ρ g/‖g‖) − L(θ)}); the network is as before afterwards."""
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    params = [p for _, p in named]
-    total, loss = [torch.zeros_like(p) for p in params], 0.0
-    for part, grads in gradient(net, params, pairs):
-        torch._foreach_add_(total, grads)
-        loss += part.item()
-    norm = torch.nn.utils.get_total_norm(total).item()
-    moves = {"weights": [], "other": [], "steps": [], "beta": []}
-    for (name, p), g in zip(named, total):
+    params, kinds = [p for _, p in named], {}
+    for i, (name, p) in enumerate(named):
         kind = name.rpartition(".")[2]
-        moves[kind if kind in moves else "weights" if p.dim() > 1 else "other"].append(g)
-    moves = {kind: 0.05 / norm * torch.nn.utils.get_total_norm(grads).item() for kind, grads in moves.items() if grads}
-    before, found = [p.detach().clone() for p in params], {}
-    with torch.no_grad():
-        for rho in RADII:
-            torch._foreach_add_(params, total, alpha=rho / norm)
-            images = sum(len(y) for _, y in pairs)
-            found[rho] = sum(F.cross_entropy(asga.first_output(net(x)), y, reduction="sum").item() for x, y in pairs) / images - loss
+        kinds.setdefault(kind if kind in ("steps", "beta") else "weights" if p.dim() > 1 else "other", []).append(i)
+
+    def whole():
+        total, loss = [torch.zeros_like(p) for p in params], 0.0
+        for part, grads in gradient(net, params, pairs):
+            torch._foreach_add_(total, grads)
+            loss += part.item()
+        return loss, total
+
+    loss, g = whole()
+    norm = torch.nn.utils.get_total_norm(g).item()
+    length = lambda grads, kind: torch.nn.utils.get_total_norm([grads[i] for i in kinds[kind]]).item()
+    before, gap, cos = [p.detach().clone() for p in params], {}, {}
+    for rho in RADII:
+        with torch.no_grad():
+            torch._foreach_add_(params, g, alpha=rho / norm)
+        perturbed, g_p = whole()
+        gap[rho] = perturbed - loss
+        if rho == 0.05:
+            for kind, members in kinds.items():
+                dot = sum((g[i] * g_p[i]).sum().item() for i in members)
+                cos[kind] = dot / max(length(g, kind) * length(g_p, kind), 1e-30)
+        with torch.no_grad():
             torch._foreach_copy_(params, before)
-    return loss, norm, moves, found
+    return loss, norm, {kind: 0.05 / norm * length(g, kind) for kind in kinds}, cos, gap
 
 
 @torch.no_grad()
@@ -137,11 +146,11 @@ def main():
     net, data, size = load(args.run, args.data, device)
     asga.Fused.on = False                                                    # double backward takes the plain formulas anyway
     pairs = batches(data.train, args.images, size, device)
-    loss, norm, moves, gap = gaps(net, pairs)
+    loss, norm, moves, cos, gap = gaps(net, pairs)
     value, rounds = eigenvalue(net, pairs)
     val = data.val.subset(torch.randperm(len(data.val), generator=torch.Generator().manual_seed(0))[:2500])
     result = {"run": str(args.run), "images": args.images, "loss": loss, "grad_norm": norm, "eigenvalue": value, "rounds": rounds,
-              "gap": gap, "moves": moves, "accuracy": asga.evaluate(net, val, size, device)["accuracy"], "noise": noise(net, val, size, device)}
+              "gap": gap, "moves": moves, "cos": cos, "accuracy": asga.evaluate(net, val, size, device)["accuracy"], "noise": noise(net, val, size, device)}
     if rounds == 50:
         asga.say("the power iteration did not settle in 50 rounds: the eigenvalue is a lower bound")
     args.out.mkdir(parents=True, exist_ok=True)

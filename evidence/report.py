@@ -248,11 +248,12 @@ def flatness_rows(runs):
                          for n in [t["needs"][0] if kind == "policy" else t["name"]] if n in found}
         measures = {"eigenvalue": lambda f: f["eigenvalue"], "gap at ρ 0.05": lambda f: f["gap"]["0.05"],
                     "points lost to noise σ 0.1": lambda f: f["accuracy"] - f["noise"]["0.1"]}
-        moved = lambda own: " / ".join(f"{statistics.mean(f['moves'].get(k, 0) for f in own.values()):.2g}" for k in ("weights", "other", "steps", "beta"))
+        kinds = lambda own, what: " / ".join(f"{statistics.mean(f[what][k] for f in own.values()):.2g}" for k in ("weights", "other", "steps", "beta")
+                                             if all(k in f[what] for f in own.values()))
         for method in ("joint", "sam", "sagm", "asga"):
             own = get(method)
             if own:
-                table.append([where, method, len(own), *(spread([m(f) for f in own.values()], ".3g") for m in measures.values()), moved(own)])
+                table.append([where, method, len(own), *(spread([m(f) for f in own.values()], ".3g") for m in measures.values()), kinds(own, "moves"), kinds(own, "cos")])
         for other in ("joint", "sam", "sagm"):
             for name, measure in measures.items():
                 a, b = get("asga"), get(other)
@@ -260,7 +261,7 @@ def flatness_rows(runs):
                 if values:
                     rows.append(("3 flatter minima", f"{where}: {name}, {other} − asga", len(values), difference(values, "+.3g"), verdict(values)))
     return markdown(["of", "method", "n", "largest eigenvalue", "gap at ρ = 0.05", "points lost to noise σ = 0.1",
-                     "a perturbation of ρ = 0.05 moves weights / BatchNorm and biases / steps / β (bits)"], table), rows
+                     "ρ = 0.05 moves weights / BatchNorm and biases / steps / β (bits) by", "cos(g, g_p) of the same"], table), rows
 
 
 def radius_rows(runs):

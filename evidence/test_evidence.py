@@ -64,7 +64,7 @@ def test_gap_leaves_the_network_and_follows_the_gradient():
     net, pairs = small(4)
     pairs = [tuple(torch.cat(t) for t in zip(*pairs))]                # one batch: LSQ scales the gradient of a step by its size
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    loss, norm, moves, gap = flatness.gaps(net, pairs)
+    loss, norm, moves, cos, gap = flatness.gaps(net, pairs)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     total = F.cross_entropy(net(torch.cat([x for x, _ in pairs])), torch.cat([y for _, y in pairs]))
     params = [p for p in net.parameters() if p.requires_grad]
@@ -76,6 +76,9 @@ def test_gap_leaves_the_network_and_follows_the_gradient():
         moved = F.cross_entropy(net(torch.cat([x for x, _ in pairs])), torch.cat([y for _, y in pairs]))
     assert set(moves) == {"weights", "other", "steps"} and math.hypot(*moves.values()) == pytest.approx(0.05)
     assert gap[0.05] == pytest.approx(moved.item() - loss)
+    again = torch.autograd.grad(F.cross_entropy(net(torch.cat([x for x, _ in pairs])), torch.cat([y for _, y in pairs])), params)
+    flat = [torch.cat([t.flatten() for t, p in zip(side, params) if p.dim() > 1]) for side in (grads, again)]
+    assert cos["weights"] == pytest.approx(F.cosine_similarity(*flat, dim=0).item())
 
 
 def test_noise_is_undone():
