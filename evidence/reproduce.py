@@ -130,31 +130,29 @@ class Plan:
         return self.add(name, ["evidence/flatness.py", f"{{work}}/{run}", "--data", self.data[data]], "flatness.json", [run], 1.5)
 
 
-FLATNESS = ("joint", "sagm", "asga")
-
-
 def cells(net, budget, methods, seeds, **more):
     return [Cell(net, budget, method, seed, **more) for seed in range(seeds) for method in methods]
 
 
 def sections(scale):
-    """{section: cells}, in the order of running; main() adds what "flatness" looks at."""
+    """{section: cells}, in the order of running. Of "policies" only the search is run; "flatness" looks into its runs as well."""
     full, at = scale == "full", ("resnet20", "2.4bit")
     plan = {"headline": cells(*at, HEADLINE, 5),
             "recipe": cells("resnet20", "4bit", ("uniform",), 1),
-            "methods": cells(*at, ("flow", "sam", "sagm", "asga-half-steps", "joint-double-steps"), 3),
+            "methods": cells(*at, ("flow", "sagm", "asga-half-steps", "joint-double-steps"), 3),
             "proxy": cells(*at, ("asga", "joint"), 3, proxy="target") + cells(*at, ("asga",), 3, proxy="digits"),
-            "radius": cells(*at, ("asga-rho-0.005", "asga-rho-0.1"), 3),
+            "radius": cells(*at, ("asga-rho-0.1",), 3),
             "plugin": cells(*at, ("loss-weight-joint", "loss-weight-asga"), 3),
-            "flatness": cells(*at, FLATNESS, 3),
+            "flatness": cells(*at, ("joint", "asga"), 3),
             "policies": cells("resnet20", "3bit", ("asga",), 1) + cells("resnet20", "4bit", ("asga",), 1)}
     if full:
         plan["headline"] += cells("lite0", "3bit", HEADLINE, 5) + cells("lite0", "4bit", HEADLINE, 5)
-        plan["methods"] += cells(*at, ("asga-no-implicit", "asga-no-projection", "asga-no-floor", "joint-softmax"), 3) \
+        plan["flatness"] += cells(*at, ("sam", "sagm"), 3)
+        plan["methods"] += cells(*at, ("sam", "asga-no-implicit", "asga-no-projection", "asga-no-floor", "joint-softmax"), 3) \
             + cells("lite0", "3bit", ("flow", "sam", "sagm", "asga-half-steps", "joint-double-steps"), 3) + cells("resnet20", "3bit", HEADLINE, 3)
         plan["proxy"] += cells(*at, ("asga",), 3, share="0.1") + cells(*at, ("asga",), 3, share="0.01") \
             + cells("lite0", "3bit", ("asga", "joint"), 3, proxy="target")
-        plan["radius"] += cells(*at, ("asga-rho-0.01", "asga-rho-0.05"), 3)
+        plan["radius"] += cells(*at, ("asga-rho-0.005", "asga-rho-0.01", "asga-rho-0.05"), 3)
         plan["rank"] = cells(*at, ("random",), 20) + cells(*at, ("random",), 20, target="proxy")
         cuda = asga.torch.cuda.is_available()
         plan["policies"] += [c for net in ("resnet18", "mobilenet_v2", *(["resnet50"] if cuda else []))
