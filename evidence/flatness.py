@@ -7,7 +7,7 @@ They are written to DIR/flatness.json. Training images without augmentation, eva
 eigenvalue: the largest one (by magnitude) of the Hessian of the loss by the weights, quantizer steps and bitwidths held fixed: power
 iteration, a product with the Hessian being the derivative of ⟨∇L, v⟩ through the straight-through gradients. gap: L(θ + ρ g/‖g‖) − L(θ)
 with g the gradient of all these images, over all parameters; moves: how far that moves each kind of them at ρ = 0.05 (L2); cos: of g and of g_p there, by kind. noise: accuracy (val) with σ · rms(w) · N(0, 1) added to each weight
-tensor, mean over draws.
+tensor, mean over draws. policy (of a search): accuracy of the policy taken from the supernet, with its BatchNorm statistics and with new ones.
 """
 import argparse
 import json
@@ -132,6 +132,15 @@ def noise(net, part, size, device):
     return found
 
 
+@torch.no_grad()
+def policy_accuracies(net, run, pairs, val, size, device):
+    """Accuracy of the policy of a search, weights and steps as the supernet has them; statistics="new" as `search` reports it."""
+    untuned = asga.attach_quantizers(net, asga.Policy.load(run / "policy.json").choices)
+    found = {"old": asga.evaluate(untuned, val, size, device)["accuracy"]}
+    asga.update_statistics(untuned, [x for x, _ in pairs])
+    return {**found, "new": asga.evaluate(untuned, val, size, device)["accuracy"]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -151,6 +160,8 @@ def main():
     val = data.val.subset(torch.randperm(len(data.val), generator=torch.Generator().manual_seed(0))[:2500])
     result = {"run": str(args.run), "images": args.images, "loss": loss, "grad_norm": norm, "eigenvalue": value, "rounds": rounds,
               "gap": gap, "moves": moves, "cos": cos, "accuracy": asga.evaluate(net, val, size, device)["accuracy"], "noise": noise(net, val, size, device)}
+    if (args.run / "supernet.pt").exists():
+        result["policy"] = policy_accuracies(net, args.run, batches(data.train, 2048, size, device), val, size, device)
     if rounds == 50:
         asga.say("the power iteration did not settle in 50 rounds: the eigenvalue is a lower bound")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -293,17 +293,19 @@ def radius_rows(runs):
 def inside_rows(runs):
     """What the searches with ASGA really did, and the gap between supernet and policy."""
     rows = []
+    flat = {record["needs"][0]: record["flatness"] for record in runs.records.values() if record.get("flatness")}
     for net, budget in sorted({key[:2] for key in runs.found}):
         for method in ("joint", "sam", "sagm", "asga"):
             found = list(runs.searches(net, budget, method).values())
             if not found:
                 continue
+            old = [flat[p["name"]]["policy"]["old"] for p in found if "policy" in flat.get(p["name"], {})]
             log = [r for p in found for r in p["log"]]
             mean = lambda key: statistics.mean(r[key] for r in log)
             rows.append([f"{net} {budget}", method, len(found), spread([p["metrics"]["supernet"]["accuracy"] for p in found]),
-                         spread([p["metrics"]["policy"]["accuracy"] for p in found]), spread([p["log"][-1]["beta_distance"] for p in found]),
+                         spread([p["metrics"]["policy"]["accuracy"] for p in found]), spread(old) if old else "", spread([p["log"][-1]["beta_distance"] for p in found]),
                          f"{mean('rho'):.3f}", f"{mean('grad_norm'):.2f}", f"{mean('gap'):.3f}", f"{mean('cos'):.2f}", f"{100 * mean('projected'):.1f} %"])
-    return markdown(["", "method", "n", "supernet, % (proxy)", "policy untuned, %", "β to nearest candidate", "ρ", "‖g‖", "gap h", "cos(g, g_p)",
+    return markdown(["", "method", "n", "supernet, % (proxy)", "policy untuned, %", "with the supernet's BatchNorm statistics", "β to nearest candidate", "ρ", "‖g‖", "gap h", "cos(g, g_p)",
                      "projected"], rows)
 
 
