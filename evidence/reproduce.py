@@ -62,12 +62,12 @@ NETWORKS = {
                         ("--steps", 200), ("--epochs", 1)),
     "lite0": Network(LITE, 64, 64, {"proxy": ("--epochs", 2, "--batch-size", 64, "--lr", 0.02),
                                     "target": ("--epochs", 4, "--batch-size", 64, "--lr", 0.02)},
-                     ("--steps", 200, "--batch-size", 64), ("--epochs", 1, "--batch-size", 64, "--lr", 0.003)),
+                     ("--steps", 200, "--batch-size", 64), ("--epochs", 3, "--batch-size", 64)),
     **{arch: Network(arch, 64, 224, {"proxy": ("--epochs", 4), "target": ("--epochs", 8)}, ("--steps", 400, "--batch-size", 64), ("--epochs", 2))
        for arch in ("resnet18", "mobilenet_v2", "resnet50")},
 }
 # how one minute of resnet20 stretches on the others, roughly, on a CPU
-WEIGHT = {"resnet20": 1, "lite0": 1.3, "resnet18": 2, "mobilenet_v2": 2, "resnet50": 5}
+WEIGHT = {"resnet20": 1, "lite0": 1.5, "resnet18": 2, "mobilenet_v2": 2, "resnet50": 5}
 
 # flags of `asga.py search`; a method that is not here is one of evidence/policies.py
 SEARCHES = {
@@ -122,7 +122,7 @@ class Plan:
         name = f"transfer/{policy.removeprefix('policy/')}-to-{cell.target}"
         return self.add(name, ["asga.py", "transfer", f"{{work}}/{policy}/policy.json", *self.common(cell.net, cell.target), "--weights",
                                f"{{work}}/{start}/model.pt", "--seed", cell.seed, "--cost-resolution", network.cost, *network.tune],
-                        "metrics.json", [policy, start], 2 * WEIGHT[cell.net])
+                        "metrics.json", [policy, start], 2 * network.tune[1] * WEIGHT[cell.net])
 
     def flatness(self, run, data):
         """Sharpness of what a search or transfer left in its folder."""
