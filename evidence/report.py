@@ -164,15 +164,17 @@ def methods_table(runs, net, budget):
         get = lambda part, key: [r["metrics"][part][key] for r in own.values()]
         found = runs.policies(own)
         seconds = [p["seconds"] for p in found if p.get("seconds")]
+        apart = [distance(runs.policies({s: own[s]}) + runs.policies({s: joint[s]})) for s in own if s in joint]
         rows.append([method, len(own), spread([r["metrics"]["policy_bops"] / 1e6 for r in own.values()], ".1f"),
                      spread(get("quantized", "accuracy")), spread(get("tuned", "accuracy")), spread(get("tuned", "loss"), ".4f"),
                      difference(runs.paired(own, uniform)) if method != "uniform" else "",
                      difference(runs.paired(own, joint)) if method != "joint" else "",
                      difference(runs.paired(own, joint, key="loss"), "+.4f") if method != "joint" else "",
                      f"{statistics.mean(seconds):.0f}" if seconds and method != "uniform" else "",
-                     f"{distance(found):.2f}" if len(found) > 1 else ""])
+                     f"{distance(found):.2f}" if len(found) > 1 else "",
+                     f"{statistics.mean(apart):.2f}" if apart and method != "joint" else ""])
     return markdown(["policy", "n", "M BOPs", "directly, %", "tuned, %", "tuned, CE", "− uniform, points [95 %]", "− joint, points [95 %]",
-                     "joint's CE − its", "search, s", "seeds differ by, bits"], rows)
+                     "joint's CE − its", "search, s", "seeds differ by, bits", "from joint's by, bits"], rows)
 
 
 def full_precision_table(runs):
