@@ -1,5 +1,6 @@
 """What the evidence computes, against plain oracles."""
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,3 +148,9 @@ def test_sensitivity_is_the_loss_of_one_quantized_tensor():
         losses.append((F.cross_entropy(net(x), y) - base).item())
         q.enabled = False
     assert scores[place][2, 4] == pytest.approx(sum(losses), abs=1e-5)
+
+
+def test_the_readme_shows_what_the_committed_runs_say():
+    printed = subprocess.run([sys.executable, "evidence/report.py", "results/reproduce/runs.jsonl"], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    shown = (HERE.parent / "README.md").read_text().split("runs.jsonl -->\n")[1].split("<!-- end -->")[0]
+    assert shown.strip() == printed.stdout.strip()
