@@ -209,6 +209,13 @@ def claims(runs):
         rows += compare(runs, "1 a poorer proxy serves as well", f"asga: {name} − all of it", {**asga_, **source}, asga_, margin=MARGIN)
     for other in ("joint", "joint-double-steps", "sam", "sagm"):
         rows += compare(runs, "2 sharpness-aware search generalizes better", f"asga − {other}", asga_, {"method": other})
+    for other in ("joint", "sagm"):
+        for net, budget in sorted({key[:2] for key in runs.found}):
+            own, its = (runs.searches(net, budget, m) for m in ("asga", other))
+            values = [its[s]["metrics"]["supernet"]["loss"] - own[s]["metrics"]["supernet"]["loss"] for s in sorted(set(own) & set(its))]
+            if values:
+                rows.append(("2 the supernet itself generalizes better (proxy, val; added after the runs)", f"{net} {budget}: asga − {other}, CE",
+                             len(values), difference(values, "+.4f"), verdict(values)))
     for other in ("sensitivity", "flow", "random", "uniform"):
         rows += compare(runs, "2 search with gradients is better than the simple ways", f"asga − {other}", asga_, {"method": other})
         rows += compare(runs, "2 search with gradients is better than the simple ways", f"joint − {other}", {"method": "joint"}, {"method": other})
@@ -398,7 +405,7 @@ def figures(runs):
     out = {}
     for key, seeds in runs.found.items():
         values = [r["metrics"]["tuned"]["accuracy"] for r in seeds.values()]
-        out[" ".join(key)] = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values)]
+        out[" ".join(key)] = [round(statistics.mean(values), 3), round(statistics.stdev(values), 3) if len(values) > 1 else 0.0, len(values)]
     return out
 
 
