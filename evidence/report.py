@@ -308,13 +308,13 @@ def inside_rows(runs):
             found = list(runs.searches(net, budget, method).values())
             if not found:
                 continue
-            old = [flat[p["name"]]["policy"]["old"] for p in found if "policy" in flat.get(p["name"], {})]
+            both = [flat[p["name"]]["policy"] for p in found if "policy" in flat.get(p["name"], {})]
             log = [r for p in found for r in p["log"]]
             mean = lambda key: statistics.mean(r[key] for r in log)
             rows.append([f"{net} {budget}", method, len(found), spread([p["metrics"]["supernet"]["accuracy"] for p in found]),
-                         spread([p["metrics"]["policy"]["accuracy"] for p in found]), spread(old) if old else "", spread([p["log"][-1]["beta_distance"] for p in found]),
+                         spread([p["metrics"]["policy"]["accuracy"] for p in found]), " → ".join(spread([b[k] for b in both]) for k in ("old", "new")) if both else "", spread([p["log"][-1]["beta_distance"] for p in found]),
                          f"{mean('rho'):.3f}", f"{mean('grad_norm'):.2f}", f"{mean('gap'):.3f}", f"{mean('cos'):.2f}", f"{100 * mean('projected'):.1f} %"])
-    return markdown(["", "method", "n", "supernet, % (proxy)", "policy untuned, %", "with the supernet's BatchNorm statistics", "β to nearest candidate", "ρ", "‖g‖", "gap h", "cos(g, g_p)",
+    return markdown(["", "method", "n", "supernet, % (proxy)", "policy untuned, %", "the supernet's BatchNorm statistics → new ones (2,500 images)", "β to nearest candidate", "ρ", "‖g‖", "gap h", "cos(g, g_p)",
                      "projected"], rows)
 
 
