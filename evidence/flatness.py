@@ -29,6 +29,12 @@ def load(run, data, device):
     if not files or not (run / "config.json").exists():
         raise asga.AsgaError(f"{run} holds no supernet.pt and no model.pt: give the folder of a finished search or transfer")
     state = asga.read_checkpoint(files[0])
+    try:
+        settings = json.loads((run / "config.json").read_text())["settings"]
+        if not state["policy"]:
+            settings = asga.SearchConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+    except (ValueError, KeyError, TypeError) as error:
+        raise asga.AsgaError(f"{run / 'config.json'} is not of a search or transfer ({error})") from None
     data = asga.load_data(data, "data")
     if list(data.classes) != state["classes"]:
         raise asga.AsgaError(f"{files[0]} knows the classes {', '.join(state['classes'])[:60]}; --data {data.name} has others")
@@ -39,8 +45,6 @@ def load(run, data, device):
     if state["policy"]:
         net = asga.attach_quantizers(model, asga.Policy.from_json(state["policy"]).choices)
     else:
-        settings = json.loads((run / "config.json").read_text())["settings"]
-        settings = asga.SearchConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         names = list(asga.trace(model, torch.zeros(1, 3, size, size, device=device)))
         kept = asga.edge_bits(names, settings.keep)
         net = asga.attach_quantizers(model, {n: ((kept[n],),) * 2 if n in kept else (settings.candidates_w, settings.candidates_a)

@@ -113,6 +113,8 @@ def survives(old, new):
 
 if __name__ == "__main__":
     unnoticed = 0
+    if len(sys.argv) > 1 and not any(sys.argv[1] in name for name in MUTATIONS):
+        sys.exit(f"no mutation has {sys.argv[1]!r} in its name: " + ", ".join(sorted({name.partition(":")[0] for name in MUTATIONS})))
     for name, (old, new) in MUTATIONS.items():
         if len(sys.argv) < 2 or sys.argv[1] in name:
             alive, by = survives(old, new)

@@ -114,6 +114,8 @@ def main():
     job = asga.Job(cfg, args.method)
     budget, kept = asga.plan(job.model, job.example, cfg.budget, cfg)
     job.start("policy.json")
+    if args.method != "random":
+        job.full_precision()                                                # as `search`: where --weights are empty or of other classes
     stream, size = job.stream()(0), min(args.batch_size, args.images)
     batches = [next(stream) for _ in range(max(4, args.images // size))]
     began = time.monotonic()
@@ -137,7 +139,7 @@ def main():
         policy.layers = budget.choose(penalties)
     policy.save(Path(args.out) / "policy.json")
     job.run.done("search")
-    print(f"{args.method}: {asga.human(policy.bops)} BOPs of {asga.human(budget.limits.get('bops', 0))}, mean bits w {policy.mean_bits[0]:.2f} "
+    print(f"{args.method}: {asga.human(policy.bops)} BOPs for the budget {args.budget}, mean bits w {policy.mean_bits[0]:.2f} "
           f"a {policy.mean_bits[1]:.2f}, {seconds:.1f} s, {Path(args.out) / 'policy.json'}")
 
 

@@ -4,7 +4,6 @@
 """
 import json
 import math
-import platform
 import random
 import statistics
 import sys
@@ -23,7 +22,10 @@ CURVE = ("loss", "gap", "rho", "grad_norm", "cos", "projected", "beta_distance",
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 def read(path):
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise asga.AsgaError(f"{path} is damaged ({error}): delete its folder and run again") from None
 
 
 def thin(rows, every=10):
@@ -79,23 +81,35 @@ def bootstrap(values, draws=10_000):
     return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
 
 
+def student(values):
+    """95 % interval of the mean by Student's t; None for a single value."""
+    if len(values) < 2:
+        return None
+    mean, reach = statistics.mean(values), STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - reach, mean + reach
+
+
 def verdict(values, margin=0.0):
     """Do paired differences, of which larger is better, show a mean above −margin? Only where the bootstrap's and Student's 95 %
     interval agree: of three values with one sign the bootstrap alone would say so, which chance does in one of four cases."""
-    n = len(values)
-    if n < 3:
-        return f"undecided at this n ({n})"
-    reach = STUDENT[min(n - 2, len(STUDENT) - 1)] * statistics.stdev(values) / math.sqrt(n)
-    low, high = bootstrap(values)
-    low, high = min(low, statistics.mean(values) - reach), max(high, statistics.mean(values) + reach)
+    if len(values) < 3:
+        return f"undecided at this n ({len(values)})"
+    low, high = (pick(ends) for pick, ends in zip((min, max), zip(bootstrap(values), student(values))))
     return "holds" if low > -margin else "does not hold" if high < -margin else "undecided at this n"
 
 
 def difference(values, form="+.2f"):
+    """"mean [bootstrap interval]"."""
     if not values:
         return "–"
     low, high = bootstrap(values)
     return f"{statistics.mean(values):{form}} [{low:{form}}, {high:{form}}]"
+
+
+def judged(claim, what, values, form, margin=0.0):
+    """A row of the table of verdicts."""
+    ends = student(values)
+    return (claim, what, len(values), difference(values, form), f"[{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "–", verdict(values, margin))
 
 
 def spearman(x, y):
@@ -160,7 +174,7 @@ def methods_table(runs, net, budget):
     uniform, joint = (runs.seeds(net, budget, m) for m in ("uniform", "joint"))
     rows = []
     for method in methods:
-        own = runs.seeds(net, budget, method)
+        own = {s: r for s, r in runs.seeds(net, budget, method).items() if s in joint or not joint}
         get = lambda part, key: [r["metrics"][part][key] for r in own.values()]
         found = runs.policies(own)
         seconds = [p["seconds"] for p in found if p.get("seconds")]
@@ -173,8 +187,8 @@ def methods_table(runs, net, budget):
                      f"{statistics.median(seconds):.0f}" if seconds and method != "uniform" else "",
                      f"{distance(found):.2f}" if len(found) > 1 else "",
                      f"{statistics.mean(apart):.2f}" if apart and method != "joint" else ""])
-    return markdown(["policy", "n", "M BOPs", "directly, %", "tuned, %", "tuned, CE", "− uniform, points [95 %]", "− joint, points [95 %]",
-                     "joint's CE − its", "search, s (median)", "seeds differ by, bits", "from joint's by, bits"], rows)
+    return markdown(["policy", "n", "M BOPs", "directly, %", "tuned, %", "tuned, CE", "points more than uniform [95 %]", "points more than joint [95 %]",
+                     "CE less than joint [95 %]", "search, s (median)", "seeds differ by, bits", "from joint's by, bits"], rows)
 
 
 def full_precision_table(runs):
@@ -187,11 +201,10 @@ def compare(runs, claim, what, one, other, part="tuned", margin=None, where=None
     """Rows of the table of verdicts, on every network and budget (or on `where`). one, other: keywords of Runs.seeds."""
     rows = []
     for net, budget in [where] if where else sorted({key[:2] for key in runs.found}):
-        for key, form, unit in (("loss", "+.4f", "CE"), ("accuracy", "+.2f", "points")):
+        for key, form, unit in (("loss", "+.4f", "−CE"), ("accuracy", "+.2f", "points")):
             values = runs.paired(runs.seeds(net, budget, **one), runs.seeds(net, budget, **other), part, key)
             if values:
-                rows.append((claim, f"{net} {budget}: {what}, {unit}", len(values), difference(values, form),
-                             verdict(values, margin[key] if margin else 0.0)))
+                rows.append(judged(claim, f"{net} {budget}: {what}, {unit}", values, form, margin[key] if margin else 0.0))
     return rows
 
 
@@ -202,7 +215,7 @@ def claims(runs):
         rows += compare(runs, "1 a policy of the proxy serves as well as the target's own", f"{method}: from the proxy − from the target",
                         {"method": method}, {"method": method, "proxy": "target"}, margin=MARGIN)
     for method in ("random", "uniform"):
-        rows += compare(runs, "1 would any policy? (where this holds too, the row above says little)", f"{method} − asga from the target",
+        rows += compare(runs, "1 does a policy without a search serve as well? (then the rows above say little)", f"{method} − asga from the target",
                         {"method": method}, {**asga_, "proxy": "target"}, margin=MARGIN)
     for name, source in (("digits", {"proxy": "digits"}), ("searched on 10 % of the proxy (weights from all of it)", {"share": "0.1"}),
                          ("searched on 1 % of the proxy (weights from all of it)", {"share": "0.01"})):
@@ -214,8 +227,8 @@ def claims(runs):
             own, its = (runs.searches(net, budget, m) for m in ("asga", other))
             values = [its[s]["metrics"]["supernet"]["loss"] - own[s]["metrics"]["supernet"]["loss"] for s in sorted(set(own) & set(its))]
             if values:
-                rows.append(("2 the supernet itself generalizes better (proxy, val; added after the runs)", f"{net} {budget}: asga − {other}, CE",
-                             len(values), difference(values, "+.4f"), verdict(values)))
+                rows.append(judged("2 the supernet itself generalizes better (proxy, val; added after the runs)", f"{net} {budget}: asga − {other}, −CE",
+                                   values, "+.4f"))
     for other in ("sensitivity", "flow", "random", "uniform"):
         rows += compare(runs, "2 search with gradients is better than the simple ways", f"asga − {other}", asga_, {"method": other})
         rows += compare(runs, "2 search with gradients is better than the simple ways", f"joint − {other}", {"method": "joint"}, {"method": other})
@@ -223,7 +236,7 @@ def claims(runs):
         rows += compare(runs, "2 directly after quantizing", f"asga − {other}", asga_, {"method": other}, "quantized")
     for variant in sorted({key[2] for key in runs.found if key[2].startswith("asga-no")}):
         rows += compare(runs, "2 the parts of ASGA help", f"asga − {variant}", asga_, {"method": variant})
-    rows += compare(runs, "5 half the steps, as many passes as joint, serve as well", "asga-half-steps − joint", {"method": "asga-half-steps"},
+    rows += compare(runs, "5 (in its place) ASGA with half the steps, as many passes as joint, is as good", "asga-half-steps − joint", {"method": "asga-half-steps"},
                     {"method": "joint"}, margin=MARGIN)
     rows += compare(runs, "5 ASGA improves another search (EdMIPS-like, cost as a loss weight)", "with ASGA − without",
                     {"method": "loss-weight-asga"}, {"method": "loss-weight-joint"})
@@ -231,14 +244,14 @@ def claims(runs):
 
 
 # One comparison for each claim, fixed before the runs: cross-entropy, as it is less noisy than accuracy on few images.
-PRIMARY = (("1 a policy of the proxy serves as well as the target's own", "asga: from the proxy − from the target, CE"),
-           ("2 sharpness-aware search generalizes better", "asga − joint, CE"),
+PRIMARY = (("1 a policy of the proxy serves as well as the target's own", "asga: from the proxy − from the target, −CE"),
+           ("2 sharpness-aware search generalizes better", "asga − joint, −CE"),
            ("3 flatter minima", "tuned, target: eigenvalue, joint − asga"),
            ("4 adaptive ρ converges faster", "proxy loss of the supernet at the end, fixed 0.05 (sagm) − adaptive"),
-           ("5 half the steps, as many passes as joint, serve as well", "asga-half-steps − joint, CE"))
+           ("5 (in its place) ASGA with half the steps, as many passes as joint, is as good", "asga-half-steps − joint, −CE"))
 
 
-VERDICTS = ["claim", "compared", "n", "difference [95 %]", "verdict"]
+VERDICTS = ["claim", "compared", "n", "difference [95 %, bootstrap]", "[95 %, Student]", "verdict"]
 
 
 def primary(rows):
@@ -268,7 +281,7 @@ def flatness_rows(runs):
                 a, b = get("asga"), get(other)
                 values = [measure(b[s]) - measure(a[s]) for s in sorted(set(a) & set(b))]
                 if values:
-                    rows.append(("3 flatter minima", f"{where}: {name}, {other} − asga", len(values), difference(values, "+.3g"), verdict(values)))
+                    rows.append(judged("3 flatter minima", f"{where}: {name}, {other} − asga", values, "+.3g"))
     return markdown(["of", "method", "n", "largest eigenvalue", "gap at ρ = 0.05", "points lost to noise σ = 0.1",
                      "ρ = 0.05 moves weights / BatchNorm and biases / steps / β (bits) by", "cos(g, g_p) of the same"], table), rows
 
@@ -286,7 +299,7 @@ def radius_rows(runs):
                       spread([p["metrics"]["policy"]["accuracy"] for p in found.values()]), spread([settled(p["log"]) for p in found.values()], ".0f"),
                       f"{min(p['radii'][0] for p in found.values()):.3f} to {max(p['radii'][1] for p in found.values()):.3f}",
                       f"{100 * statistics.mean(p['at_most'] for p in found.values()):.0f} % / {100 * statistics.mean(p['at_least'] for p in found.values()):.0f} %",
-                      f"{1e3 * statistics.median(p['step_seconds'] for p in found.values()):.0f}", f"{statistics.median(p['seconds'] for p in found.values()):.0f}"])
+                      f"{1e3 * statistics.median(p['step_seconds'] for p in found.values()):.0f}"])
         if method not in ("asga", "joint"):
             fixed = "fixed 0.05 (sagm)" if method == "sagm" else f"fixed {method[9:]}"
             common = sorted(set(own) & set(found))
@@ -294,9 +307,16 @@ def radius_rows(runs):
                                         ("steps until the bits have a tenth of their way left", lambda p: settled(p["log"]), "+.0f")):
                 values = [measure(found[s]) - measure(own[s]) for s in common]
                 if values:
-                    rows.append(("4 adaptive ρ converges faster", f"{what}, {fixed} − adaptive", len(values), difference(values, form), verdict(values)))
+                    rows.append(judged("4 adaptive ρ converges faster", f"{what}, {fixed} − adaptive", values, form))
     return markdown(["search", "n", "loss, last 30 steps", "supernet, val CE", "policy, untuned, %", "a tenth of the way left at step", "ρ",
-                     "at the largest / least", "ms a step (median)", "s in all (median)"], table), rows
+                     "at the largest / least", "ms a step (median)"], table), rows
+
+
+def step_time(runs, net, budget, method):
+    """Median seconds of a step over all searches with as many passes as this one: other work slowed some of them, and so only
+    the number of passes can be told apart here (README's Speed is measured in isolation)."""
+    alike = [m for m in {key[2] for key in runs.found} if ("joint" in m) == ("joint" in method)]
+    return statistics.median(p["step_seconds"] for m in alike for p in runs.searches(net, budget, m).values())
 
 
 def speed_rows(runs):
@@ -311,12 +331,12 @@ def speed_rows(runs):
             flags = found[0]["command"].split()
             steps = found[0]["log"][-1]["step"]
             images = steps * (int(flags[flags.index("--batch-size") + 1]) if "--batch-size" in flags else asga.SearchConfig.batch_size)
-            seconds = statistics.median(p["seconds"] for p in found)
+            second = step_time(runs, net, budget, method)
             values = runs.paired(own, joint, key="loss")
-            rows.append([f"{net} {budget}", method, len(found), steps, f"{images:,}", f"{1e3 * statistics.median(p['step_seconds'] for p in found):.0f}", f"{seconds:.0f}",
-                         f"{seconds / statistics.median(p['seconds'] for p in joints.values()):.2f}", difference(values, "+.4f") if method != "joint" else "",
+            rows.append([f"{net} {budget}", method, len(found), steps, f"{images:,}", f"{1e3 * second:.0f}", f"{steps * second:.0f}",
+                         f"{steps * second / (joints[min(joints)]['log'][-1]['step'] * step_time(runs, net, budget, 'joint')):.2f}", difference(values, "+.4f") if method != "joint" else "",
                          verdict(values, MARGIN["loss"]) if method != "joint" else ""])
-    return markdown(["", "search", "n", "steps", "images", "ms a step (median)", "s in all (median)", "of joint's time", "joint's CE − its", "as good as joint"], rows)
+    return markdown(["", "search", "n", "steps", "images", "ms a step (median of all with as many passes)", "s", "of joint's time", "CE less than joint [95 %]", "as good as joint"], rows)
 
 
 def inside_rows(runs):
@@ -392,6 +412,8 @@ def plots(runs, folder):
     curves = {m: list(runs.searches("resnet20", "2.4bit", m).values())
               for m in ("joint", "asga", "sagm", *sorted(k[2] for k in runs.found if k[2].startswith("asga-rho")))}
     if any(curves.values()):
+        same = [set(runs.searches("resnet20", "2.4bit", m)) for m in curves if curves[m]]
+        curves = {m: [p for s, p in runs.searches("resnet20", "2.4bit", m).items() if s in set.intersection(*same)] for m in curves}
         figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6))
         for method, found in curves.items():
             if not found:
@@ -399,7 +421,7 @@ def plots(runs, folder):
             mean = lambda value: [statistics.mean(values) for values in zip(*([value(p, r) for r in p["log"]] for p in found))]
             steps = [r["step"] for r in found[0]["log"]]
             axes[0].plot(steps, mean(lambda p, r: r["loss"]), label=method)
-            second = statistics.median(p["step_seconds"] for p in found)                # not "time": other work slowed some runs
+            second = step_time(runs, "resnet20", "2.4bit", method)
             axes[1].plot([second * step for step in steps], mean(lambda p, r: r["loss"]))
             axes[2].plot(steps, mean(lambda p, r: statistics.mean(
                 abs(a - b) for a, b in zip(sum(r["bits"], []), sum(p["log"][-1]["bits"], [])))))
@@ -407,36 +429,37 @@ def plots(runs, folder):
             axis.set_xlabel(x)
             axis.set_ylabel(y)
         axes[0].legend(fontsize=7)
-        save(figure, "convergence", "resnet20, 2.4 bit: loss over steps and seconds (steps × the median time of one), and how far the bits still "
-             "have to go; means over seeds. The expected cost is no curve: every step ends on the budget")
+        save(figure, "convergence", "resnet20, 2.4 bit: loss over steps and seconds (steps × the median time of one with "
+             "as many passes), and how far the bits still have to go; means over the seeds that all have. The expected cost is no curve: every step ends on the budget")
         figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.2))
         for found in curves["asga"]:
             for axis, key in zip(axes, ("rho", "gap", "grad_norm")):
                 axis.plot([r["step"] for r in found["log"]], [r[key] for r in found["log"]], alpha=0.7)
                 axis.set(xlabel="step", ylabel={"rho": "ρ", "gap": "gap h", "grad_norm": "‖g‖"}[key])
-        save(figure, "radius", "resnet20, 2.4 bit, asga: what the adaptive radius did, one line a seed")
+        save(figure, "radius", "resnet20, 2.4 bit, asga: what the adaptive radius did, one line a seed, means of ten steps")
     return "\n".join(shown)
 
 
 # -------------------------------------------------------------------------------------------------------------- report
 
 def figures(runs):
-    """{cell: (mean accuracy, standard deviation, n)} of what the reference holds."""
+    """{cell: [mean accuracy, its deviation, mean cross-entropy, its deviation, n]} of what the reference holds."""
     out = {}
     for key, seeds in runs.found.items():
-        values = [r["metrics"]["tuned"]["accuracy"] for r in seeds.values()]
-        out[" ".join(key)] = [round(statistics.mean(values), 3), round(statistics.stdev(values), 3) if len(values) > 1 else 0.0, len(values)]
+        out[" ".join(key)] = [round(f(values), 4) if len(values) > 1 or f is statistics.mean else 0.0 for what in ("accuracy", "loss")
+                              for values in [[r["metrics"]["tuned"][what] for r in seeds.values()]] for f in (statistics.mean, statistics.stdev)]
+        out[" ".join(key)].append(len(seeds))
     return out
 
 
 def outside(now, reference):
-    """Lines on what lies further from the reference than three standard errors of the difference and half a point."""
+    """Lines on what lies further from the reference than three standard errors of the difference and half a point (0.01 of CE)."""
     lines = []
     for key in sorted(set(now) & set(reference)):
-        (m, s, n), (rm, rs, rn) = now[key], reference[key]
-        tolerance = 0.5 + 3 * max(rs, 0.3) * math.sqrt(1 / n + 1 / rn)
-        if abs(m - rm) > tolerance:
-            lines.append(f"{key}: {m:.2f} %, reference {rm:.2f} ± {tolerance:.2f}")
+        for i, unit, margin, least in ((0, "% accuracy", 0.5, 0.3), (2, "cross-entropy", 0.01, 0.01)):
+            tolerance = margin + 3 * max(reference[key][i + 1], least) * math.sqrt(1 / now[key][4] + 1 / reference[key][4])
+            if abs(now[key][i] - reference[key][i]) > tolerance:
+                lines.append(f"{key}: {now[key][i]:.4g} {unit}, reference {reference[key][i]:.4g} ± {tolerance:.2g}")
     return lines
 
 
@@ -470,17 +493,20 @@ def text(runs, images=""):
     flat, flat_claims = flatness_rows(runs)
     radius, radius_claims = radius_rows(runs)
     rows = claims(runs) + flat_claims + radius_claims
-    out = ["## The claims, one comparison each\n\nChosen before the runs. A positive difference speaks for the claim.\n", headline(runs, rows),
+    out = ["## The claims, one kind of comparison each\n\nChosen before the runs. A positive difference speaks for the claim; −CE is the cross-entropy with its sign "
+           "turned.\n", headline(runs, rows),
            "## Time of a search\n", speed_rows(runs), "Claim 5 in the paper is about other methods (searches 113 to 150 % faster than earlier generalizable ones, on ImageNet networks and GPUs), which "
            "are not built here; what can be tested is whether half the steps, with two passes each, lead to as good a policy.\n",
            "## Full precision\n", full_precision_table(runs), recipe(runs)]
     ranks = rank_rows(runs)
-    out += ["## All comparisons\n\nDifferences paired by seed, with the 95 % bootstrap interval of their mean: points of accuracy, and cross-entropy (CE) with "
-            "its sign turned. A verdict other than undecided needs Student's interval to agree, as the bootstrap is too sure of few seeds (with three, it shows "
-            "their range); of so many rows one in twenty is chance. \"As well\" means not worse by more than 0.5 points or 0.01 CE. All seeds share the "
-            "full-precision weights and the validation images, so what those contribute is not in the intervals. sam and sagm have asga's ρ_max.\n",
+    out += ["## All comparisons\n\nDifferences paired by seed, with the 95 % bootstrap interval of their mean: points of accuracy, and cross-entropy "
+            "with its sign turned (−CE). A verdict other than undecided needs Student's interval to agree, as the bootstrap is too sure of few seeds (with three, it "
+            "shows their range); of so many rows one in twenty is chance. \"As well\" means not worse by more than 0.5 points or 0.01 CE. All seeds share the "
+            "full-precision weights and the validation images, so what those contribute is not in the intervals. sam and sagm have asga's ρ_max. Rows with five seeds "
+            "had three at first; two more were added after those had been seen. To show \"as well\" at their spread takes about a dozen.\n",
             markdown(VERDICTS, rows), spent(runs), "## Inside the searches\n", inside_rows(runs),
-            "## Flatness\n\nRounding absorbs small noise, the more the fewer the bits; budgets are equal here.\n", flat, "## Radius\n", radius,
+            "## Flatness\n\nRounding absorbs small noise, the more the fewer the bits; budgets are equal here.\n", flat, "## Radius\n\nThe steps until a tenth of the way is left follow from the cosine schedule of the learning rate, and adaptive ρ stands at its upper bound "
+            "most of the time: these runs test claim 4 hardly.\n", radius,
             "## Ranks of random policies\n", ranks or "Not tested at this scale.\n"]
     return "\n".join([*out, images])
 
@@ -493,6 +519,9 @@ def write(work, out, plan, transfers, args):
     complete = len(records) == len(plan.jobs)
     if args.accept and not complete:
         raise asga.AsgaError(f"--accept needs all {len(plan.jobs)} runs of {args.scale}; {len(records)} are done")
+    there = len((folder / "runs.jsonl").read_text().splitlines()) if (folder / "runs.jsonl").exists() else 0
+    if len(records) < there:
+        raise asga.AsgaError(f"{folder / 'runs.jsonl'} holds {there} runs, --work {work} only {len(records)}: give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     asga.write_atomic(folder / "runs.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in records.values())))
     for name in plan.ready:
@@ -506,17 +535,19 @@ def write(work, out, plan, transfers, args):
     runs = Runs(records)
     now, reference = figures(runs), read(REFERENCE) or {}
     if args.accept:
-        asga.write_json(REFERENCE, {**reference, **now})
+        reference.update(now)
+        asga.write_json(REFERENCE, reference)
     lines, common = outside(now, reference), len(set(now) & set(reference))
     devices = sorted({r["device"] for r in records.values() if r.get("device")})
     made = sorted({json.dumps(r["versions"]) for r in records.values() if r.get("versions")})
     sources = sorted({r["asga.py"] for r in records.values()} - {""})
-    head = (f"# What came out\n\n`bash reproduce.sh --scale {args.scale}`: {len(records)} of {len(plan.jobs)} runs. {'; '.join(devices)}, "
-            f"{platform.machine()}, {args.jobs} runs side by side; {'; '.join(', '.join(f'{k} {v}' for k, v in json.loads(m).items()) for m in made)}; "
+    head = (f"# What came out\n\n`bash reproduce.sh --scale {args.scale}`: {len(records)} of {len(plan.jobs)} runs. Searched on {'; '.join(devices)}; "
+            f"{'; '.join(', '.join(f'{k} {v}' for k, v in json.loads(m).items()) for m in made)}; "
             f"asga.py {', '.join(sources)} (first figures of its SHA-256).\nProxy: {Path(args.proxy).name}; target: {Path(args.target).name}. Every run, its "
             f"command, metrics, policy and thinned log: [`reproduce/runs.jsonl`](reproduce/runs.jsonl).\n\n"
             + (f"Against the committed reference ({common} figures): " if common else "There is no reference for these figures yet.\n")
-            + ("**outside the tolerance:** " + "; ".join(lines) + "\n" if lines else "all within the tolerance.\n" if common else ""))
+            + ("**outside the tolerance:** " + "; ".join(lines) + "\n" if lines else "" if not common else
+               "these runs made it.\n" if all(now[key] == reference[key] for key in set(now) & set(reference)) else "all within the tolerance.\n"))
     asga.write_atomic(out / "reproduce.md", lambda part: part.write_text(head + "\n" + text(runs, plots(runs, folder))))
     print(f"{out / 'reproduce.md'}: {len(records)} of {len(plan.jobs)} runs" + "".join(f"\noutside the tolerance: {line}" for line in lines))
     return not lines
@@ -524,9 +555,10 @@ def write(work, out, plan, transfers, args):
 
 if __name__ == "__main__":
     try:
-        rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    except (OSError, IndexError, ValueError) as error:
-        print(f"report: error: give a runs.jsonl that reproduce.sh wrote ({error})", file=sys.stderr)
+        runs = Runs({r["name"]: r for r in map(json.loads, Path(sys.argv[1]).read_text().splitlines())})
+        if not runs.found:
+            raise ValueError("it holds no finished transfer")
+        print(headline(runs, claims(runs) + flatness_rows(runs)[1] + radius_rows(runs)[1]))
+    except (OSError, IndexError, ValueError, KeyError, TypeError) as error:
+        print(f"report: error: give a runs.jsonl that reproduce.sh wrote ({type(error).__name__}: {error})", file=sys.stderr)
         sys.exit(2)
-    runs = Runs({r["name"]: r for r in rows})
-    print(headline(runs, claims(runs) + flatness_rows(runs)[1] + radius_rows(runs)[1]))

@@ -1,4 +1,5 @@
 """What the evidence computes, against plain oracles."""
+import json
 import math
 import subprocess
 import sys
@@ -47,6 +48,21 @@ def test_eigenvalue_is_that_of_the_hessian_by_finite_differences():
     values = torch.linalg.eigvalsh((torch.stack(rows) + torch.stack(rows).t()) / 2)
     found, _ = flatness.eigenvalue(net, pairs, rounds=2000, tolerance=1e-9)
     assert abs(found) == pytest.approx(values.abs().max().item(), rel=1e-3)
+
+
+def test_power_iteration_does_not_stop_on_a_plateau():
+    """Two eigenvalues 5 % apart: λ moves by less than 2 % a round long before v is an eigenvector."""
+    w = nn.Linear(40, 1, bias=False)
+    curvature = torch.linspace(0.1, 1.0, 40) ** 4 * 19 + 1
+    curvature[-1] = 21.0
+
+    def quadratic(net, params, pairs, graph=False):
+        yield None, torch.autograd.grad((curvature * params[0].square()).sum() / 2, params, create_graph=graph)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flatness, "gradient", quadratic)
+        found, rounds = flatness.eigenvalue(w, [])
+    assert found == pytest.approx(21.0, rel=0.02) and 5 < rounds < 100
 
 
 def test_eigenvalue_goes_through_the_straight_through_gradients():
@@ -152,5 +168,8 @@ def test_sensitivity_is_the_loss_of_one_quantized_tensor():
 
 def test_the_readme_shows_what_the_committed_runs_say():
     printed = subprocess.run([sys.executable, "evidence/report.py", "results/reproduce/runs.jsonl"], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    with open(HERE.parent / "results" / "reproduce" / "runs.jsonl") as runs:
+        whole = report.text(report.Runs({r["name"]: r for r in map(json.loads, runs)}))
+    assert whole.strip() in (HERE.parent / "results" / "reproduce.md").read_text()
     shown = (HERE.parent / "README.md").read_text().split("runs.jsonl -->\n")[1].split("<!-- end -->")[0]
     assert shown.strip() == printed.stdout.strip()
