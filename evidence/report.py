@@ -513,15 +513,17 @@ def text(runs, images=""):
 
 def write(work, out, plan, transfers, args):
     """results/reproduce.md and what belongs to it; True where all figures are within the reference's tolerance."""
-    folder, records = out / "reproduce", collect(work, plan, transfers)
+    records = collect(work, plan, transfers)
     if not records:
         raise asga.AsgaError(f"{work} holds no finished run: nothing to report")
     complete = len(records) == len(plan.jobs)
     if args.accept and not complete:
         raise asga.AsgaError(f"--accept needs all {len(plan.jobs)} runs of {args.scale}; {len(records)} are done")
-    there = len((folder / "runs.jsonl").read_text().splitlines()) if (folder / "runs.jsonl").exists() else 0
-    if len(records) < there:
-        raise asga.AsgaError(f"{folder / 'runs.jsonl'} holds {there} runs, --work {work} only {len(records)}: give another --out")
+    there = out / "reproduce" / "runs.jsonl"
+    if not complete and there.exists() and len(records) < (held := len(there.read_text().splitlines())):
+        print(f"{out} has a report of {held} runs, this one is of {len(records)}: it goes to {work / 'report'}")
+        out = work / "report"
+    folder = out / "reproduce"
     folder.mkdir(parents=True, exist_ok=True)
     asga.write_atomic(folder / "runs.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in records.values())))
     for name in plan.ready:

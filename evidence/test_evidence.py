@@ -167,6 +167,8 @@ def test_sensitivity_is_the_loss_of_one_quantized_tensor():
 
 
 def test_the_readme_shows_what_the_committed_runs_say():
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "README.md", "results"], cwd=HERE.parent, capture_output=True).returncode:
+        pytest.skip("results/ or README.md are not those of the commit")
     printed = subprocess.run([sys.executable, "evidence/report.py", "results/reproduce/runs.jsonl"], cwd=HERE.parent, capture_output=True, text=True, check=True)
     with open(HERE.parent / "results" / "reproduce" / "runs.jsonl") as runs:
         whole = report.text(report.Runs({r["name"]: r for r in map(json.loads, runs)}))
