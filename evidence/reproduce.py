@@ -135,7 +135,8 @@ def cells(net, budget, methods, seeds, **more):
 
 
 def sections(scale):
-    """{section: cells}, in the order of running. Of "policies" only the search is run; "flatness" looks into its runs as well."""
+    """{section: cells}, in the order of running. Of "policies" only the search is run; "flatness" looks into its runs as well; "gpu"
+    is left out on a CPU, unless named."""
     full, at = scale == "full", ("resnet20", "2.4bit")
     plan = {"headline": cells(*at, HEADLINE, 5),
             "recipe": cells("resnet20", "4bit", ("uniform",), 1),
@@ -155,11 +156,10 @@ def sections(scale):
             + cells("lite0", "3bit", ("asga", "joint"), 3, proxy="target")
         plan["radius"] += cells(*at, ("asga-rho-0.005", "asga-rho-0.01"), 3)                   # 0.05: sagm
         plan["rank"] = cells(*at, ("random",), 20) + cells(*at, ("random",), 20, target="proxy")
-        cuda = asga.torch.cuda.is_available()
-        plan["policies"] += [c for net in ("resnet18", "mobilenet_v2", *(["resnet50"] if cuda else []))
-                             for budget in ("3bit", "4bit") for c in cells(net, budget, ("asga",), 1)]
-        if cuda:
-            plan["headline"] += [c for net in ("resnet18", "mobilenet_v2") for budget in ("3bit", "4bit") for c in cells(net, budget, HEADLINE, 3)]
+        budgets = ("3bit", "4bit")
+        plan["policies"] += [c for net in ("resnet18", "mobilenet_v2") for budget in budgets for c in cells(net, budget, ("asga",), 1)]
+        plan["gpu"] = [c for net in ("resnet18", "mobilenet_v2") for budget in budgets for c in cells(net, budget, HEADLINE, 3)] \
+            + [c for budget in budgets for c in cells("resnet50", budget, ("asga",), 1)]
     return plan
 
 
@@ -168,8 +168,10 @@ def planned(scale, data):
     plan, transfers, names = Plan(data), {}, {}
     for section, wanted in sections(scale).items():
         before = list(plan.jobs)
-        if section == "policies":                                                        # ready to use: searched, not carried over
-            names[section] = plan.ready = [plan.policy(cell) for cell in wanted]
+        if section in ("policies", "gpu"):
+            plan.ready += [plan.policy(cell) for cell in wanted if cell.method == "asga" and cell.seed == 0]
+        if section == "policies":                                                        # searched, not carried over
+            names[section] = list(plan.ready)
             continue
         for cell in wanted:
             transfers[cell] = plan.transfer(cell)
@@ -249,7 +251,7 @@ def main():
     parser = argparse.ArgumentParser(prog="bash reproduce.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=["small", "full"], default="full" if asga.torch.cuda.is_available() else "small")
     parser.add_argument("--only", default="", help="sections to run, joined by commas: headline, recipe, methods, proxy, radius, plugin, flatness, policies; "
-                        "in full also seeds and rank")
+                        "in full also seeds, rank and gpu (the last only where CUDA is, unless named)")
     parser.add_argument("--jobs", type=int, default=os.environ.get("JOBS") or min(os.cpu_count() or 1, 4),
                         help="runs side by side (default: JOBS, else one a core, 4 at most)")
     root = Path(os.environ.get("ASGA_DATA") or "data")
@@ -265,7 +267,7 @@ def main():
         raise asga.AsgaError(f"--jobs {args.jobs} must be at least 1")
     data = {"proxy": str(Path(args.proxy).resolve()), "target": str(Path(args.target).resolve()), "digits": "digits"}
     plan, transfers, names = planned(args.scale, data)
-    chosen = [part.strip() for part in args.only.split(",") if part.strip()] or list(names)
+    chosen = [part.strip() for part in args.only.split(",") if part.strip()] or [name for name in names if name != "gpu" or asga.torch.cuda.is_available()]
     for section in chosen:
         if section not in names:
             raise asga.AsgaError(f"--only {section!r}: the sections of {args.scale} are {', '.join(names)}")
