@@ -49,7 +49,7 @@ def collect(work, plan, transfers):
         shown = made[0].replace(str(work), "runs/reproduce")
         for source, path in plan.data.items():
             shown = shown.replace(f"--data {path} ", f"--data {source.upper() if source != 'digits' else source} ")
-        record = {"name": name, "command": shown, "asga.py": made[1].rpartition(" ")[2], "needs": job.needs, "cell": cells.get(name),
+        record = {"name": name, "command": shown, "asga.py": made[1].rpartition(" ")[2], "needs": job.needs, "cell": cells.get(name), "ready": name in plan.ready,
                   "metrics": read(folder / "metrics.json"), "flatness": read(folder / "flatness.json")}
         policy = read(folder / "policy.json")
         if policy:
@@ -195,6 +195,25 @@ def full_precision_table(runs):
     rows = [[n.removeprefix("fp/"), f"{r['metrics']['full_precision']['accuracy']:.2f}", f"{r['metrics']['full_precision']['loss']:.4f}"]
             for n, r in runs.records.items() if n.startswith("fp/")]
     return markdown(["weights", "accuracy, %", "cross-entropy"], rows)
+
+
+def ready_table(runs):
+    """The policies of results/policies: what they cost, and how far the search came on the proxy's validation images."""
+    rows = []
+    for name, r in runs.records.items():
+        if r.get("ready"):
+            m = r["metrics"]
+            rows.append((f"`{ready_name(name)}`", f"{asga.human(r['cost']['bops'])}", f"{asga.human(r['cost']['weight_bits'] / 8)}B",
+                         f"{r['cost']['mean_w']:.2f} / {r['cost']['mean_a']:.2f}", f"{r['log'][-1]['step']} / {r['seconds']:.0f}",
+                         *(f"{m[part]['accuracy']:.2f}" for part in ("full_precision", "supernet", "policy"))))
+    return markdown(["policy", "BOPs", "weights", "mean bits w / a", "search, steps / s", "full precision, % (proxy)", "supernet, %",
+                     "policy, untuned, %"], rows) if rows else ""
+
+
+def ready_name(name):
+    """policy/NET-proxy-BUDGET-asga-0 → NET-BUDGET.json"""
+    net, _, budget = name.removeprefix("policy/").split("-")[:3]
+    return f"{net}-{budget}.json"
 
 
 def compare(runs, claim, what, one, other, part="tuned", margin=None, where=None):
@@ -485,6 +504,8 @@ def headline(runs, rows):
     out = [markdown(VERDICTS, primary(rows))]
     for net, budget in sorted({key[:2] for key in runs.found if key[2] == "asga" and key[3:] == ("proxy", "target", "1.0")}):
         out += [f"**{net}, {budget}**\n", methods_table(runs, net, budget)]
+    if table := ready_table(runs):
+        out += ["**Ready policies**, searched on the proxy by ASGA\n", table]
     return "\n".join(out)
 
 
@@ -527,13 +548,12 @@ def write(work, out, plan, transfers, args):
     folder.mkdir(parents=True, exist_ok=True)
     asga.write_atomic(folder / "runs.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in records.values())))
     for name in plan.ready:
-        if name in records:                                                     # policy/NET-proxy-BUDGET-asga-0 → NET-BUDGET.json
-            net, _, budget = name.removeprefix("policy/").split("-")[:3]
+        if name in records:
             (out / "policies").mkdir(exist_ok=True)
             policy = json.loads((work / name / "policy.json").read_text())
             policy["proxy"]["data"] = Path(policy["proxy"]["data"]).name                                   # no paths of this machine
             policy["search"]["settings"].update(data=policy["proxy"]["data"], weights="", out="")
-            asga.write_json(out / "policies" / f"{net}-{budget}.json", policy)
+            asga.write_json(out / "policies" / ready_name(name), policy)
     runs = Runs(records)
     now, reference = figures(runs), read(REFERENCE) or {}
     if args.accept:
@@ -543,7 +563,8 @@ def write(work, out, plan, transfers, args):
     devices = sorted({r["device"] for r in records.values() if r.get("device")})
     made = sorted({json.dumps(r["versions"]) for r in records.values() if r.get("versions")})
     sources = sorted({r["asga.py"] for r in records.values()} - {""})
-    head = (f"# What came out\n\n`bash reproduce.sh --scale {args.scale}`: {len(records)} of {len(plan.jobs)} runs. Searched on {'; '.join(devices)}; "
+    head = (f"# What came out\n\n`bash reproduce.sh --scale {args.scale}`: {len(records)} of {len(plan.jobs)} runs "
+            f"({', '.join(f'{section} {len(names & set(records))}/{len(names)}' for section, names in plan.sections.items())}). Searched on {'; '.join(devices)}; "
             f"{'; '.join(', '.join(f'{k} {v}' for k, v in json.loads(m).items()) for m in made)}; "
             f"asga.py {', '.join(sources)} (first figures of its SHA-256).\nProxy: {Path(args.proxy).name}; target: {Path(args.target).name}. Every run, its "
             f"command, metrics, policy and thinned log: [`reproduce/runs.jsonl`](reproduce/runs.jsonl).\n\n"

@@ -86,7 +86,7 @@ class Plan:
     """All jobs, made on demand: to ask for a transfer makes its search, and the weights of both."""
 
     def __init__(self, data):
-        self.data, self.jobs, self.ready = data, {}, []
+        self.data, self.jobs, self.ready, self.sections = data, {}, [], {}
 
     def add(self, name, command, result, needs=(), minutes=1.0):
         self.jobs.setdefault(name, Job(name, tuple(map(str, command)), result, tuple(needs), minutes))
@@ -179,6 +179,7 @@ def planned(scale, data):
                 plan.flatness(plan.policy(cell), "proxy")
                 plan.flatness(transfers[cell], "target")
         names[section] = [name for name in plan.jobs if name not in before] + [transfers[cell] for cell in wanted]
+    plan.sections = {section: set(wanted) for section, wanted in names.items()}
     return plan, transfers, names
 
 
