@@ -175,3 +175,13 @@ def test_the_readme_shows_what_the_committed_runs_say():
     assert whole.strip() in (HERE.parent / "results" / "reproduce.md").read_text()
     shown = (HERE.parent / "README.md").read_text().split("runs.jsonl -->\n")[1].split("<!-- end -->")[0]
     assert shown.strip() == printed.stdout.strip()
+
+
+@pytest.mark.parametrize("path", sorted((HERE.parent / "results" / "policies").glob("*.json")), ids=lambda path: path.stem)
+def test_ready_policies_fit_their_networks_and_budgets(path):
+    policy = asga.Policy.load(path)
+    net = asga.build(policy.info["arch"], policy.info["proxy"]["classes"]).eval()
+    resolution = policy.info["search"]["settings"]["cost_resolution"]
+    measured = policy.measure(net, torch.zeros(1, 3, resolution, resolution))
+    limit = policy.info["budget"]["bops"]
+    assert 0.99 * limit <= measured.bops == policy.bops <= limit
