@@ -13,6 +13,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import asga  # noqa: E402
+import beta_gradient  # noqa: E402
 import flatness  # noqa: E402
 import policies  # noqa: E402
 import report  # noqa: E402
@@ -144,6 +145,35 @@ def test_stopped_runs_go_on_and_failed_ones_hold_up_what_needs_them(tmp_path, ca
     assert {name for name in jobs if (tmp_path / name / "r").exists()} == {"a", "c"}
     jobs["b"] = jobs["b"]._replace(command=("-c", code))
     assert reproduce.run_all(jobs, tmp_path, 2) and "2 of 4 runs are done" in capsys.readouterr().out
+
+
+def test_beta_gradients_are_those_of_the_optimizer_along_the_budget():
+    torch.manual_seed(0)
+    model, x, y = asga.ResNet20(10), torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    settings = asga.SearchSettings(method="sam", candidates_w=(2, 4), candidates_a=(2, 3, 4), rho_max=0.02, alpha=0.001)
+    run = asga.Search(model, *asga.plan(model, x[:1], "3bit", settings), settings, [x])
+    before = [p.detach().clone() for p in run.net.parameters()]
+    g, g_p = beta_gradient.beta_gradients(run, [(x, y)] * 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
+    normal = torch.cat([row[1:-1] for row in run.budget.gradient(run.bits())])                          # edge layers are fixed
+    assert (g @ normal).abs().max() < 1e-9 * normal.norm() and (g_p @ normal).abs().max() < 1e-9 * normal.norm()
+    loss = F.cross_entropy(run.net(x), y)
+    optimizer = asga.ASGA(run.net.parameters(), torch.optim.SGD, lr=0.0, rho_min=0.0, rho_max=0.02, alpha=0.001, project=False, direction="perturbed")
+    own = torch.autograd.grad(loss, [q.beta for q in run.free])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(run.net(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    for found, raw in ((g, own), (g_p, [q.beta.grad for q in run.free])):
+        raw = torch.stack([v.double() for v in raw])
+        assert torch.allclose(found[1], raw - (raw @ normal) / normal.square().sum() * normal, atol=1e-6) and found[1].norm() > 1e-3
+    told = beta_gradient.summary(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    assert told["cos"] == {"g, g_p": 0.5, "means of g, g_p": 0.7071, "means of g, (g + g_p)/2": 0.8944, "g of two batches": 0.0}
+    assert told["length"] == {"mean g": 0.7071, "mean g_p − g": 0.7071, "its standard error": 0.7071}
 
 
 def test_sensitivity_is_the_loss_of_one_quantized_tensor():
