@@ -3,7 +3,8 @@
     python evidence/beta_gradient.py --data DIR --weights fp.pt --budget 2.4bit                      flags of `asga.py search`
     python evidence/beta_gradient.py --data DIR --weights fp.pt --budget 2.4bit --supernet RUN/supernet.pt
 
-Prints one line of JSON. On each of --batches batches of the search: g and g_p, the gradients of L and L_p (θ moved by ρ_max along g,
+Prints one line of JSON (results/beta_gradient.jsonl holds ours). At a budget of whole bits the start is on a candidate, where the slopes to its two sides
+differ and the least move changes g: take 2.4bit or 3.5bit. On each of --batches batches of the search: g and g_p, the gradients of L and L_p (θ moved by ρ_max along g,
 less α g), their parts for β, and of these the part along the budget's surface, as the search moves no other way. cos: of g with
 g_p on the same batch; of the means over batches; of the mean g with the mean (g + g_p)/2, which ASGA steps along; of the g of two batches (mean over pairs):
 the noise that a difference has to rise above. length: of the mean g, of the mean of g_p − g, and the standard error of the latter.
