@@ -38,18 +38,19 @@ def thin(rows, every=10):
     return out
 
 
-def collect(work, plan, transfers):
-    """{name: one finished run}: its command, metrics, policy, thinned log, and the version of asga.py that made it."""
+def collect(work, plan, transfers, known=None):
+    """{name: one finished run}: its command, metrics, policy, thinned log, and the version of asga.py that made it. known: records
+    that are taken as they are."""
     cells, records = {name: cell._asdict() for cell, name in transfers.items()}, {}
     for name, job in plan.jobs.items():
         folder = work / name
+        if name in (known or {}):
+            records[name] = known[name]
+            continue
         if not (folder / job.result).exists() or not all((work / need / plan.jobs[need].result).exists() for need in job.needs):
             continue
         made = (work / f"{name}.log").read_text().splitlines()[:2] if (work / f"{name}.log").exists() else ["", ""]
-        shown = made[0].replace(str(work), "runs/reproduce")
-        for source, path in plan.data.items():
-            shown = shown.replace(f"--data {path} ", f"--data {source.upper() if source != 'digits' else source} ")
-        record = {"name": name, "command": shown, "asga.py": made[1].rpartition(" ")[2], "needs": job.needs, "cell": cells.get(name), "ready": name in plan.ready,
+        record = {"name": name, "command": plan.shown(job), "asga.py": made[1].rpartition(" ")[2], "needs": job.needs, "cell": cells.get(name), "ready": name in plan.ready,
                   "metrics": read(folder / "metrics.json"), "flatness": read(folder / "flatness.json")}
         policy = read(folder / "policy.json")
         if policy:
@@ -132,10 +133,15 @@ class Runs:
         """{seed: record of the transfer}"""
         return self.found.get((net, budget, method, proxy, target, share), {})
 
+    def common(self, one, other):
+        """Seeds of which both have a run, from the same full-precision weights (training them does not repeat across machines)."""
+        start = lambda r: r["metrics"]["full_precision"]["loss"]
+        return [s for s in sorted(set(one) & set(other)) if math.isclose(start(one[s]), start(other[s]), rel_tol=1e-4)]
+
     def paired(self, one, other, part="tuned", key="accuracy"):
         """one − other by seed; for the loss the sign is turned, so that more is better."""
         sign = -1 if key == "loss" else 1
-        return [sign * (one[s]["metrics"][part][key] - other[s]["metrics"][part][key]) for s in sorted(set(one) & set(other))]
+        return [sign * (one[s]["metrics"][part][key] - other[s]["metrics"][part][key]) for s in self.common(one, other)]
 
     def policies(self, transfers):
         return [self.records[t["needs"][0]] for _, t in sorted(transfers.items())]
@@ -244,7 +250,7 @@ def claims(runs):
     for other in ("joint", "sagm"):
         for net, budget in sorted({key[:2] for key in runs.found}):
             own, its = (runs.searches(net, budget, m) for m in ("asga", other))
-            values = [its[s]["metrics"]["supernet"]["loss"] - own[s]["metrics"]["supernet"]["loss"] for s in sorted(set(own) & set(its))]
+            values = [its[s]["metrics"]["supernet"]["loss"] - own[s]["metrics"]["supernet"]["loss"] for s in runs.common(own, its)]
             if values:
                 rows.append(judged("2 the supernet itself generalizes better (proxy, val; added after the runs)", f"{net} {budget}: asga − {other}, −CE",
                                    values, "+.4f"))
@@ -321,7 +327,7 @@ def radius_rows(runs):
                       f"{1e3 * statistics.median(p['step_seconds'] for p in found.values()):.0f}"])
         if method not in ("asga", "joint"):
             fixed = "fixed 0.05 (sagm)" if method == "sagm" else f"fixed {method[9:]}"
-            common = sorted(set(own) & set(found))
+            common = runs.common(own, found)
             for what, measure, form in (("proxy loss of the supernet at the end", lambda p: p["metrics"]["supernet"]["loss"], "+.4f"),
                                         ("steps until the bits have a tenth of their way left", lambda p: settled(p["log"]), "+.0f")):
                 values = [measure(found[s]) - measure(own[s]) for s in common]
@@ -532,9 +538,9 @@ def text(runs, images=""):
     return "\n".join([*out, images])
 
 
-def write(work, out, plan, transfers, args):
+def write(records, work, plan, args):
     """results/reproduce.md and what belongs to it; True where all figures are within the reference's tolerance."""
-    records = collect(work, plan, transfers)
+    out = Path(args.out)
     if not records:
         raise asga.AsgaError(f"{work} holds no finished run: nothing to report")
     complete = len(records) == len(plan.jobs)
@@ -548,7 +554,7 @@ def write(work, out, plan, transfers, args):
     folder.mkdir(parents=True, exist_ok=True)
     asga.write_atomic(folder / "runs.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in records.values())))
     for name in plan.ready:
-        if name in records:
+        if name in records and (work / name / "policy.json").exists():
             (out / "policies").mkdir(exist_ok=True)
             policy = json.loads((work / name / "policy.json").read_text())
             policy["proxy"]["data"] = Path(policy["proxy"]["data"]).name                                   # no paths of this machine

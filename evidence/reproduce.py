@@ -3,6 +3,7 @@
     bash reproduce.sh                          all of the scale that fits this machine: small on CPU, full where CUDA is
     bash reproduce.sh --scale small --jobs 2   the same by hand; --list shows the commands, --report only writes the report
     bash reproduce.sh --scale full --only headline,rank        runs these sections only; the report is of all that is there
+    bash reproduce.sh --scale full --known results/reproduce/runs.jsonl        goes on from another machine's runs
 
 small: resnet20, about 3 hours on 2 cores. full: more networks, budgets and ablations, meant for one GPU. Every run has a folder
 under --work and is skipped where its result is there; one that was stopped goes on. At the end come results/reproduce.md, plots, and
@@ -11,6 +12,7 @@ evidence/reference.json (--accept makes the present figures the reference).
 """
 import argparse
 import hashlib
+import json
 import os
 import shlex
 import signal
@@ -56,6 +58,8 @@ class Job(NamedTuple):
     minutes: float = 1.0
 
 
+# glibc hands large blocks back after every step and gets them page by page at the next: a tenth to a fifth of the time of one on a CPU
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2 ** 25), "MALLOC_TRIM_THRESHOLD_": str(2 ** 34), "MALLOC_TOP_PAD_": str(2 ** 28)}
 LITE = "evidence/networks.py:efficientnet_lite0"
 NETWORKS = {
     "resnet20": Network("resnet20", 32, 32, {"proxy": ("--epochs", 12), "target": ("--epochs", 15), "digits": ("--epochs", 20)},
@@ -123,6 +127,11 @@ class Plan:
         return self.add(name, ["asga.py", "transfer", f"{{work}}/{policy}/policy.json", *self.common(cell.net, cell.target), "--weights",
                                f"{{work}}/{start}/model.pt", "--seed", cell.seed, "--cost-resolution", network.cost, *network.tune],
                         "metrics.json", [policy, start], 2 * network.tune[1] * WEIGHT[cell.net])
+
+    def shown(self, job):
+        """The command as runs.jsonl has it: without the folders of this machine."""
+        names = {path: source.upper() for source, path in self.data.items() if source != "digits"}
+        return line(job._replace(command=tuple(names.get(part, part) for part in job.command)), "runs/reproduce")
 
     def flatness(self, run, data):
         """Sharpness of what a search or transfer left in its folder."""
@@ -198,6 +207,20 @@ def line(job, work):
     return shlex.join(["python", *(part.replace("{work}", str(work)) for part in job.command), "--out", str(Path(work) / job.name)])
 
 
+def known(path, plan, work):
+    """{name: record} of a runs.jsonl that another machine may have made: of what is planned now by the same command, has no result
+    in `work`, and needs no policy but such a one."""
+    try:
+        records, out = {r["name"]: r for r in map(json.loads, Path(path).read_text().splitlines())} if path else {}, {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise asga.AsgaError(f"--known {path}: give a runs.jsonl that reproduce.sh wrote ({type(error).__name__}: {error})") from None
+    for name, job in plan.jobs.items():
+        if records.get(name, {}).get("command") == plan.shown(job) and not (work / name / job.result).exists() \
+                and all(need in out for need in job.needs if not need.startswith("fp/")):
+            out[name] = records[name]
+    return out
+
+
 def check(jobs, work):
     """AsgaError where --work holds a run that was started by another command than is planned now."""
     for job in jobs.values():
@@ -209,7 +232,7 @@ def check(jobs, work):
 def run_all(jobs, work, parallel):
     """Run what has no result yet, `parallel` at a time, needs first; True where all succeeded."""
     version = hashlib.sha256((ROOT / "asga.py").read_bytes()).hexdigest()[:12]
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
+    env = {**KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel))}
     finished = {name for name, job in jobs.items() if (work / name / job.result).exists()}
     waiting = [name for name in jobs if name not in finished]
     running, failed, began = {}, set(), time.monotonic()
@@ -259,6 +282,8 @@ def main():
     parser.add_argument("--proxy", default=str(root / "cifar10"), help="folder with train/CLASS/* and val/CLASS/*; default $ASGA_DATA/cifar10")
     parser.add_argument("--target", default=str(root / "tinyimagenet50"), help="the same; default $ASGA_DATA/tinyimagenet50")
     parser.add_argument("--work", default="runs/reproduce", help="where the runs are")
+    parser.add_argument("--known", help="a runs.jsonl, such as results/reproduce/runs.jsonl: what it holds is reported as it is and not run again "
+                        "(but weights and policies where a missing run needs them)")
     parser.add_argument("--out", default="results", help="where reproduce.md goes")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
@@ -272,10 +297,13 @@ def main():
     for section in chosen:
         if section not in names:
             raise asga.AsgaError(f"--only {section!r}: the sections of {args.scale} are {', '.join(names)}")
-    jobs, work = with_needs(plan.jobs, [name for section in chosen for name in names[section]]), Path(args.work).resolve()
+    work = Path(args.work).resolve()
+    there = known(args.known, plan, work)
+    jobs = with_needs(plan.jobs, [name for section in chosen for name in names[section] if name not in there])
     if args.list:
         print("\n".join(line(job, args.work) for job in jobs.values()))
         return 0
+    check(plan.jobs, work)
     complete = True
     if not args.report:
         for name in ("proxy", "target"):
@@ -287,11 +315,10 @@ def main():
                 asga.build(str(ROOT / LITE), 10)
             except asga.AsgaError as error:
                 raise asga.AsgaError(f"{error}: pip install -r evidence/requirements.txt, or --scale small")
-        check(jobs, work)
         print(f"scale {args.scale}: {', '.join(chosen)}; {args.jobs} runs side by side; runs in {args.work}", flush=True)
         complete = run_all(jobs, work, args.jobs)
     import report
-    return 0 if report.write(work, Path(args.out), plan, transfers, args) and complete else 1
+    return 0 if report.write(report.collect(work, plan, transfers, known(args.known, plan, work)), work, plan, args) and complete else 1
 
 
 if __name__ == "__main__":

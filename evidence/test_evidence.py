@@ -147,6 +147,40 @@ def test_stopped_runs_go_on_and_failed_ones_hold_up_what_needs_them(tmp_path, ca
     assert reproduce.run_all(jobs, tmp_path, 2) and "2 of 4 runs are done" in capsys.readouterr().out
 
 
+def test_known_runs_are_not_run_again_unless_what_they_need_is_made_anew(tmp_path):
+    plan = reproduce.planned("small", {"proxy": "/P", "target": "/T", "digits": "digits"})[0]
+    rows = [{"name": name, "command": plan.shown(job)} for name, job in plan.jobs.items()]
+    assert all("/P" not in row["command"] and "/T" not in row["command"] for row in rows)
+    file = tmp_path / "runs.jsonl"
+
+    def known(rows, work):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return reproduce.known(file, plan, work)
+
+    assert set(known(rows, tmp_path)) == set(plan.jobs) and reproduce.known(None, plan, tmp_path) == {}
+    anew, own = "policy/resnet20-proxy-2.4bit-asga-0", {name for name, job in plan.jobs.items() if "2.4bit-asga-0" in name and "-digits-" not in name
+                                                         and "-target-2.4" not in name}
+    (tmp_path / anew).mkdir(parents=True)
+    (tmp_path / anew / "policy.json").write_text("{}")
+    assert len(own) == 4 and set(known(rows, tmp_path)) == set(plan.jobs) - own              # search, transfer, flatness of both
+    (tmp_path / "fp" / "resnet20-target").mkdir(parents=True)
+    (tmp_path / "fp" / "resnet20-target" / "metrics.json").write_text("{}")                  # weights trained again: no reason
+    assert set(known(rows, tmp_path)) == set(plan.jobs) - own - {"fp/resnet20-target"}
+    rows[0]["command"] += " --lr 1"
+    assert rows[0]["name"] not in known(rows, tmp_path)
+    file.write_text("what")
+    with pytest.raises(asga.AsgaError, match="--known .* runs.jsonl"):
+        reproduce.known(file, plan, tmp_path)
+
+
+def test_only_runs_from_the_same_weights_are_paired():
+    run = lambda seed, method, start, accuracy: {"cell": dict(net="n", budget="b", method=method, seed=seed, proxy="p", target="t", share="1.0"),
+                                                 "metrics": {"full_precision": {"loss": start}, "tuned": {"accuracy": accuracy, "loss": 1.0}}}
+    runs = report.Runs(dict(enumerate([run(0, "one", 2.0, 50), run(0, "other", 2.0000001, 48), run(1, "one", 2.0, 50), run(1, "other", 2.01, 40)])))
+    one, other = (runs.seeds("n", "b", m, "p", "t") for m in ("one", "other"))
+    assert runs.paired(one, other) == [2] and runs.common(one, other) == [0]
+
+
 def test_beta_gradients_are_those_of_the_optimizer_along_the_budget():
     torch.manual_seed(0)
     model, x, y = asga.ResNet20(10), torch.randn(16, 3, 32, 32), torch.arange(16) % 10
