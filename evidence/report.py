@@ -99,12 +99,13 @@ def verdict(values, margin=0.0):
     return "holds" if low > -margin else "does not hold" if high < -margin else "undecided at this n"
 
 
-def difference(values, form="+.2f"):
-    """"mean [bootstrap interval]"."""
+def difference(values, form="+.2f", n=None):
+    """"mean [bootstrap interval]"; and of how many values, where these are not n."""
     if not values:
         return "–"
     low, high = bootstrap(values)
-    return f"{statistics.mean(values):{form}} [{low:{form}}, {high:{form}}]"
+    return f"{statistics.mean(values):{form}}" + (f" [{low:{form}}, {high:{form}}]" if len(values) > 1 else "") \
+        + (f" (n = {len(values)})" if n not in (None, len(values)) else "")
 
 
 def judged(claim, what, values, form, margin=0.0):
@@ -187,9 +188,9 @@ def methods_table(runs, net, budget):
         apart = [distance(runs.policies({s: own[s]}) + runs.policies({s: joint[s]})) for s in own if s in joint]
         rows.append([method, len(own), spread([r["metrics"]["policy_bops"] / 1e6 for r in own.values()], ".1f"),
                      spread(get("quantized", "accuracy")), spread(get("tuned", "accuracy")), spread(get("tuned", "loss"), ".4f"),
-                     difference(runs.paired(own, uniform)) if method != "uniform" else "",
-                     difference(runs.paired(own, joint)) if method != "joint" else "",
-                     difference(runs.paired(own, joint, key="loss"), "+.4f") if method != "joint" else "",
+                     difference(runs.paired(own, uniform), n=len(own)) if method != "uniform" else "",
+                     difference(runs.paired(own, joint), n=len(own)) if method != "joint" else "",
+                     difference(runs.paired(own, joint, key="loss"), "+.4f", len(own)) if method != "joint" else "",
                      f"{statistics.median(seconds):.0f}" if seconds and method != "uniform" else "",
                      f"{distance(found):.2f}" if len(found) > 1 else "",
                      f"{statistics.mean(apart):.2f}" if apart and method != "joint" else ""])
