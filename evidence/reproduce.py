@@ -8,7 +8,7 @@
 small: resnet20, about 3 hours on 2 cores. full: more networks, budgets and ablations, meant for one GPU. Every run has a folder
 under --work and is skipped where its result is there; one that was stopped goes on. At the end come results/reproduce.md, plots, and
 every run in compact form (results/reproduce/runs.jsonl). Exit code 1 where a run failed, or where a figure leaves the tolerance around
-evidence/reference.json (--accept makes the present figures the reference).
+evidence/reference.json (--accept makes the present figures the reference, where all planned seeds ran).
 """
 import argparse
 import hashlib
@@ -287,7 +287,7 @@ def main():
     parser.add_argument("--out", default="results", help="where reproduce.md goes")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
-    parser.add_argument("--accept", action="store_true", help="these figures become the reference, where all runs are done")
+    parser.add_argument("--accept", action="store_true", help="these figures become the reference, those of which all planned seeds ran")
     args = parser.parse_args()
     if args.jobs < 1:
         raise asga.AsgaError(f"--jobs {args.jobs} must be at least 1")
@@ -318,7 +318,7 @@ def main():
         print(f"scale {args.scale}: {', '.join(chosen)}; {args.jobs} runs side by side; runs in {args.work}", flush=True)
         complete = run_all(jobs, work, args.jobs)
     import report
-    return 0 if report.write(report.collect(work, plan, transfers, known(args.known, plan, work)), work, plan, args) and complete else 1
+    return 0 if report.write(report.collect(work, plan, transfers, known(args.known, plan, work)), work, plan, transfers, args) and complete else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What the evidence computes, against plain oracles."""
+import argparse
 import json
 import math
 import subprocess
@@ -171,6 +172,28 @@ def test_known_runs_are_not_run_again_unless_what_they_need_is_made_anew(tmp_pat
     file.write_text("what")
     with pytest.raises(asga.AsgaError, match="--known .* runs.jsonl"):
         reproduce.known(file, plan, tmp_path)
+
+
+def test_a_figure_that_leaves_the_reference_is_named_and_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "REFERENCE", tmp_path / "reference.json")
+    for slow in ("plots", "text"):
+        monkeypatch.setattr(report, slow, lambda *args: "")
+    plan, transfers, _ = reproduce.planned("small", {"proxy": "/P", "target": "/T", "digits": "digits"})
+    with open(HERE.parent / "results" / "reproduce" / "runs.jsonl") as file:
+        records = {r["name"]: r for r in map(json.loads, file) if r["name"] in plan.jobs and "sensitivity-3" not in r["name"]}
+    args = argparse.Namespace(scale="small", out=str(tmp_path / "out"), proxy="/P", target="/T", accept=True)
+    assert report.write(records, tmp_path, plan, transfers, args)
+    held, key = json.loads(report.REFERENCE.read_text()), "resnet20 2.4bit {} proxy target 1.0"
+    assert held[key.format("asga")][4] == 5 and key.format("sensitivity") not in held                  # one of its seeds did not run
+    args.accept = False
+    assert report.write(records, tmp_path, plan, transfers, args)
+    for name, record in records.items():
+        if name.startswith("transfer/resnet20-proxy-2.4bit-asga-") and "half" not in name and "rho" not in name:
+            record["metrics"]["tuned"]["accuracy"] -= 5
+    assert not report.write(records, tmp_path, plan, transfers, args)
+    shown = (tmp_path / "out" / "reproduce.md").read_text()
+    assert f"**outside the tolerance:** {key.format('asga')}" in shown and key.format("asga") in capsys.readouterr().out
+    assert held == json.loads(report.REFERENCE.read_text())
 
 
 def test_only_runs_from_the_same_weights_are_paired():
