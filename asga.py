@@ -459,16 +459,23 @@ def _as_args(example_inputs):
     return example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
 
 
-@torch.no_grad()
-def _run_eval(model, args):
-    """model(*args) in eval mode, without a trace: modes are put back."""
+@contextlib.contextmanager
+def _evaluating(model):
+    """In eval mode; modes are put back. Even to read a weight changes some networks while they train (spectral norm)."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        return model(*args)
+        yield
     finally:
         for m, training in modes:
             m.training = training
+
+
+@torch.no_grad()
+def _run_eval(model, args):
+    """model(*args) in eval mode, without a trace."""
+    with _evaluating(model):
+        return model(*args)
 
 
 class LayerCost(NamedTuple):
@@ -547,7 +554,8 @@ def quantize(model, bits_or_policy, *, keep=8, example_inputs=None, relaxation="
     for layer in quantized_layers(net).values():               # the others: at the first call, on the operand that they make
         plain = type(layer).__mro__[2].forward in (nn.Conv2d.forward, nn.Linear.forward)
         if plain and layer.weight_quantizer.steps.isnan().any():
-            layer.weight_quantizer.calibrate(layer.weight)
+            with _evaluating(layer):
+                layer.weight_quantizer.calibrate(layer.weight)
     return net
 
 
@@ -556,12 +564,13 @@ def attach_quantizers(model, choices, relaxation="interpolate", tau=1.0):
     Layers that are quantized already must get one candidate each, and keep the step learned for it."""
     model = _copy(model)
     found = layers_of(model)
-    for name, (w, a) in choices.items():
-        layer, w, a = found[name], check_bits(w), check_bits(a)
-        if not isinstance(layer, QuantizedLayer):
-            _attach(layer, Quantizer(w, True, relaxation, tau), Quantizer(a, None, relaxation, tau))
-        else:
-            _attach(layer, layer.weight_quantizer.select(*w), layer.input_quantizer.select(*a))
+    with _evaluating(model):
+        for name, (w, a) in choices.items():
+            layer, w, a = found[name], check_bits(w), check_bits(a)
+            if not isinstance(layer, QuantizedLayer):
+                _attach(layer, Quantizer(w, True, relaxation, tau), Quantizer(a, None, relaxation, tau))
+            else:
+                _attach(layer, layer.weight_quantizer.select(*w), layer.input_quantizer.select(*a))
     return model
 
 
@@ -1118,7 +1127,8 @@ class Policy:
                 raise AsgaError(f"policy for another network: {type(model).__name__} has a layer {name!r} without bits in it "
                                 f"(if no forward pass calls it, give example_inputs)")
         for name, size in self.sizes.items():
-            numel, per_output = found[name].weight.numel(), found[name].weight[0].numel()
+            with _evaluating(found[name]):
+                numel, per_output = found[name].weight.numel(), found[name].weight[0].numel()
             head = name == list(self.layers)[-1] and size.numel % per_output == 0
             if size.numel != numel and not head:
                 raise AsgaError(f"policy for another network: layer {name!r} has {numel} weights, {size.numel} in the policy")

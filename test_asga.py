@@ -339,6 +339,19 @@ def test_with_quantizers_off_the_network_is_the_original_bit_for_bit(name, make,
     assert torch.equal(copy.deepcopy(net).eval()(x), model.eval()(x))
 
 
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_weights_that_change_when_read_in_training_are_not_read_then(calibrate):
+    model, x = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)), nn.Flatten(), nn.Linear(32, 5)), torch.randn(4, 3, 4, 4)
+    before = copy.deepcopy(model.state_dict())
+    unchanged = lambda net: all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    net = quantize(model, 4, example_inputs=x if calibrate else None)
+    Policy({"0": (4, 4), "2": (4, 4)}).measure(model, x).check(model)
+    assert unchanged(model) and unchanged(net)
+    asga.set_quantizers(net, False)
+    for train in (True, False):
+        assert torch.equal(model.train(train)(x), net.train(train)(x))
+
+
 def test_what_is_quantized_is_what_the_convolution_multiplies():
     conv, x = SamePadConv(3, 8, 3), torch.randn(2, 3, 9, 9)
     net = quantize(nn.Sequential(conv), 3, keep=None, example_inputs=x)
