@@ -264,7 +264,7 @@ def run_all(jobs, work, parallel):
     except BaseException:
         print("\nstopping; the same command goes on: searches and training where they were, short runs from their start", flush=True)
         for process in running.values():
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         for process in running.values():
             process.wait()
         raise

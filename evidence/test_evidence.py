@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,20 @@ def test_stopped_runs_go_on_and_failed_ones_hold_up_what_needs_them(tmp_path, ca
     assert {name for name in jobs if (tmp_path / name / "r").exists()} == {"a", "c"}
     jobs["b"] = jobs["b"]._replace(command=("-c", code))
     assert reproduce.run_all(jobs, tmp_path, 2) and "2 of 4 runs are done" in capsys.readouterr().out
+
+
+def test_no_run_outlives_the_runner_also_where_the_shell_ignores_ctrl_c(tmp_path, monkeypatch):
+    code = "import signal, sys, time, pathlib; signal.signal(signal.SIGINT, signal.SIG_IGN); pathlib.Path(sys.argv[-1]).mkdir(); time.sleep(60)"
+    began = time.monotonic()
+
+    def sleep(seconds):                                                                        # the runner's, between two looks
+        if (tmp_path / "a").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run_all({"a": reproduce.Job("a", ("-c", code), "r")}, tmp_path, 1)
+    assert time.monotonic() - began < 30
 
 
 def test_known_runs_are_not_run_again_unless_what_they_need_is_made_anew(tmp_path):
