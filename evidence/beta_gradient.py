@@ -6,8 +6,10 @@
 Prints one line of JSON (results/beta_gradient.jsonl holds ours). At a budget of whole bits the start is on a candidate, where the slopes to its two sides
 differ and the least move changes g: take 2.4bit or 3.5bit. On each of --batches batches of the search: g and g_p, the gradients of L and L_p (θ moved by ρ_max along g,
 less α g), their parts for β, and of these the part along the budget's surface, as the search moves no other way. cos: of g with
-g_p on the same batch; of the means over batches; of the mean g with the mean (g + g_p)/2, which ASGA steps along; of the g of two batches (mean over pairs):
-the noise that a difference has to rise above. length: of the mean g, of the mean of g_p − g, and the standard error of the latter.
+g_p on the same batch; of the g of two batches (mean over pairs); of means over one half of the batches with means over the other, so that both have
+noise of their own; and what the last three say of the expected g and g_p, without noise: cos(g, g_p) / √(cos(g, g) cos(g_p, g_p)). length: of the expected g
+and g_p − g, that is √(‖mean‖² − its squared standard error); 0 where noise is all. p: the share of random signs of the batches for which the mean of g_p − g is as
+long as ours, the chance of its length if the perturbed pass told nothing new.
 """
 import argparse
 import itertools
@@ -53,21 +55,26 @@ def beta_gradients(run, batches, loss_fn=F.cross_entropy):
 def summary(g, g_p):
     """What the file's head describes, rounded."""
     cos, difference = (lambda a, b: F.cosine_similarity(a, b, dim=-1).mean().item()), g_p - g
+    half = lambda a, b: (cos(a[::2].mean(0), b[1::2].mean(0)) + cos(a[1::2].mean(0), b[::2].mean(0))) / 2
+    length = lambda v: max(0.0, (v.mean(0).square() - v.var(0) / len(v)).sum().item()) ** 0.5
     pairs = [cos(a, b) for a, b in itertools.combinations(g, 2)]
-    result = {"cos": {"g, g_p": cos(g, g_p), "means of g, g_p": cos(g.mean(0), g_p.mean(0)), "means of g, (g + g_p)/2": cos(g.mean(0), (g + g_p).mean(0)),
-                      "g of two batches": sum(pairs) / len(pairs)},
-              "length": {"mean g": g.mean(0).norm().item(), "mean g_p − g": difference.mean(0).norm().item(),
-                         "its standard error": (difference.std(0) / len(g) ** 0.5).norm().item()}}
+    halves = {"g, g": half(g, g), "g, g_p": half(g, g_p), "g_p, g_p": half(g_p, g_p)}
+    reliable = halves["g, g"] > 0 and halves["g_p, g_p"] > 0
+    signs = torch.randint(2, (999, len(g)), generator=torch.Generator().manual_seed(0)).to(g) * 2 - 1
+    as_long = (signs @ difference).norm(dim=1) >= difference.sum(0).norm()
+    result = {"cos": {"g, g_p": cos(g, g_p), "g of two batches": sum(pairs) / len(pairs), **{f"halves: {k}": v for k, v in halves.items()},
+                      "expected g, g_p": halves["g, g_p"] / (halves["g, g"] * halves["g_p, g_p"]) ** 0.5 if reliable else float("nan")},
+              "length": {"expected g": length(g), "expected g_p − g": length(difference)}, "p": {"g_p − g": (1 + as_long.sum().item()) / 1000}}
     return {kind: {name: round(value, 4) for name, value in values.items()} for kind, values in result.items()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--batches", type=int, default=192)
     parser.add_argument("--supernet", help="supernet.pt of a search with these flags; its start by default")
     args, rest = parser.parse_known_args()
-    if args.batches < 2:
-        raise asga.AsgaError(f"--batches {args.batches} must be at least 2")
+    if args.batches < 4:
+        raise asga.AsgaError(f"--batches {args.batches} must be at least 4")
     _, cfg = asga.parse(["search", *rest])
     if cfg.method == "uniform" or cfg.relaxation != "interpolate" or not cfg.data or not cfg.weights:
         raise asga.AsgaError("this needs --data, --weights, and a search with β (--relaxation interpolate, not --method uniform)")

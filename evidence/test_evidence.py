@@ -219,6 +219,46 @@ def test_only_runs_from_the_same_weights_are_paired():
     assert runs.paired(one, other) == [2] and runs.common(one, other) == [0]
 
 
+def searched(method, seed, seconds, steps=20):
+    """Records of a search and its transfer."""
+    cell = dict(net="resnet20", budget="2.4bit", method=method, seed=seed, proxy="proxy", target="target", share="1.0")
+    log = [{"step": s, "bits": [[3.0]], "loss": 1.0} for s in range(10, steps + 1, 10)]
+    search = {"name": f"policy/{method}-{seed}", "policy": {"a": (3, 3)}, "log": log, "step_seconds": seconds, "seconds": 99}
+    return {search["name"]: search, f"transfer/{method}-{seed}": {"cell": cell, "needs": [search["name"]]}}
+
+
+def test_times_of_steps_are_pooled_by_what_a_step_does():
+    runs = report.Runs(searched("joint", 0, 1.0) | searched("joint-double-steps", 0, 1.2, 40) | searched("joint", 1, 1.1) | searched("asga", 0, 2.0)
+                       | searched("sam", 0, 2.2) | searched("loss-weight-joint", 0, 5.0) | searched("joint-softmax", 0, 6.0))
+    times = {m: report.step_time(runs, "resnet20", "2.4bit", m) for m in ("joint", "joint-double-steps", "asga", "joint-softmax")}
+    assert times == pytest.approx({"joint": 1.1, "joint-double-steps": 1.1, "asga": 2.1, "joint-softmax": 5.5})
+    assert report.search_time(runs, "resnet20", "2.4bit", "joint-double-steps") == pytest.approx(44)
+
+
+def test_ranks_are_of_runs_from_the_same_weights():
+    def run(target, seed, loss, start):
+        metrics = {"full_precision": {"loss": start}, **{part: {"accuracy": -loss, "loss": loss} for part in ("quantized", "tuned")}}
+        return {"cell": dict(net="resnet20", budget="2.4bit", method="random", seed=seed, proxy="proxy", target=target, share="1.0"), "metrics": metrics}
+    rows = [run(t, seed, seed + (seed == 7) * 99, 1.0 + (seed == 7 and t == "target")) for t in ("target", "proxy") for seed in range(8)]
+    table = report.rank_rows(report.Runs(dict(enumerate(rows))))
+    assert table.count("| 7 | +1.00 [+1.00, +1.00] |") == 4                                               # seed 7 began elsewhere
+    assert report.rank_rows(report.Runs(dict(enumerate(rows[:12])))) == ""
+
+
+def test_what_did_not_run_is_listed():
+    cell = reproduce.Cell("n", "3bit", "asga", 0)
+    cells = {cell._replace(seed=s, method=m): f"{m}{s}" for m in ("asga", "joint") for s in range(3)} | {cell._replace(share="0.1"): "tenth"}
+    found = report.missing(cells, dict.fromkeys(["asga0", "asga2", "joint0", "joint1", "joint2"]))
+    assert found.strip() == "Planned at this scale and not run (seeds run / planned): n 3bit: asga 2/3; n 3bit (10% of the proxy → target): asga 0/1."
+    assert report.missing(cells, dict.fromkeys(cells.values())) == ""
+
+
+def test_each_claim_has_its_row_in_the_committed_report():
+    table = (HERE.parent / "results" / "reproduce.md").read_text().split("## Time of a search")[0]
+    for claim, what in report.PRIMARY:
+        assert any(f"| {claim} |" in line and f"{what} |" in line for line in table.splitlines()), claim
+
+
 def test_beta_gradients_are_those_of_the_optimizer_along_the_budget():
     torch.manual_seed(0)
     model, x, y = asga.ResNet20(10), torch.randn(16, 3, 32, 32), torch.arange(16) % 10
@@ -243,9 +283,20 @@ def test_beta_gradients_are_those_of_the_optimizer_along_the_budget():
     for found, raw in ((g, own), (g_p, [q.beta.grad for q in run.free])):
         raw = torch.stack([v.double() for v in raw])
         assert torch.allclose(found[1], raw - (raw @ normal) / normal.square().sum() * normal, atol=1e-6) and found[1].norm() > 1e-3
-    told = beta_gradient.summary(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-    assert told["cos"] == {"g, g_p": 0.5, "means of g, g_p": 0.7071, "means of g, (g + g_p)/2": 0.8944, "g of two batches": 0.0}
-    assert told["length"] == {"mean g": 0.7071, "mean g_p − g": 0.7071, "its standard error": 0.7071}
+
+
+def test_what_the_summary_of_beta_gradients_tells():
+    """Gradients of known means under noise of known size: the means come out, and no difference where there is none."""
+    torch.manual_seed(0)
+    mean, other, noise = torch.tensor([3.0, 0.0, 0.0, 0.0]), torch.tensor([3.0, 4.0, 0.0, 0.0]), lambda size: size * torch.randn(4000, 4)
+    g = mean + noise(5.0)
+    told = beta_gradient.summary(g[:400], g[:400] + noise(5.0)[:400])
+    assert told["p"]["g_p − g"] > 0.05 and told["length"]["expected g"] == pytest.approx(3, abs=0.5) and told["length"]["expected g_p − g"] < 0.4
+    told = beta_gradient.summary(g[:1000], (g - mean + other + noise(1.0))[:1000])
+    assert told["cos"]["expected g, g_p"] == pytest.approx(0.6, abs=0.07) and told["length"]["expected g_p − g"] == pytest.approx(4, abs=0.2)
+    assert told["p"]["g_p − g"] == 0.001 and told["cos"]["halves: g, g_p"] < told["cos"]["halves: g_p, g_p"]
+    told = beta_gradient.summary(torch.tensor([[1.0, 0.0], [0.0, 1.0]] * 2), torch.tensor([[1.0, 0.0]] * 4))
+    assert told["cos"]["g, g_p"] == 0.5 and told["cos"]["g of two batches"] == pytest.approx(1 / 3, abs=1e-4)
 
 
 def test_sensitivity_is_the_loss_of_one_quantized_tensor():
