@@ -62,10 +62,9 @@ def mix_forward(x, row):
     """Σ_k π_k Q_k(x) with Q_k(x) = s_k · clamp(round(x / s_k), n_k, p_k)  (LSQ, Esser et al. 2020, eq. 1-2).
 
     x: any shape and float dtype. row: [4, K], steps s above zero, integer bounds n and p, mixture weights π. Returns x's
-    shape and dtype. Half precisions are computed in float32 and rounded at the end, to the 8 significant bits of bfloat16.
+    shape and dtype. Half precisions are computed in float32 and rounded to x's dtype at the end (bfloat16 keeps 8 bits).
     """
-    s, n, p, pi = row
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide, (s, n, p, pi) = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, row))
     mixed = 0
     for k in range(len(s)):
         mixed = mixed + (pi[k] * s[k]) * (wide / s[k]).clamp(n[k], p[k]).round()    # whole bounds: rounding may come last
@@ -79,8 +78,7 @@ def mix_backward(grad, x, row):
     gradient scale 1/√(numel·p) (p = 0, the signed 1-bit range, counts as 1);  ∂Q/∂π_k = Q_k − Q_1. Since Σπ = 1 always,
     what is the same for all k changes no gradient of what π is made from, and a difference spares two large sums.
     """
-    s, n, p, pi = row
-    wide, g = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x, grad))
+    wide, g, (s, n, p, pi) = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, grad, row))
     passed, levels, grad_s = 0, [], []
     for k in range(len(s)):
         v = wide / s[k]
@@ -149,12 +147,12 @@ class FakeQuantize(torch.autograd.Function):
         return FakeQuantize.backward_kernel(grad, *ctx.saved_tensors)
 
 
-def check_bits(bits):
-    """bits as a sorted tuple of distinct ints in 1…16; one int or several. Raises AsgaError."""
+def check_bits(bits, where=""):
+    """bits as a sorted tuple of distinct ints in 1…16; one int or several. Raises AsgaError, which begins with `where`."""
     found = tuple(bits) if isinstance(bits, (tuple, list, range)) else (bits,)
     for b in found:
         if isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= 16:
-            raise AsgaError(f"bitwidth {b!r} is not possible: give whole numbers from 1 to 16")
+            raise AsgaError(f"{where}bitwidth {b!r} is not possible: give whole numbers from 1 to 16")
     if not found or len(set(found)) < len(found):
         raise AsgaError(f"candidates {list(found)} must be one or more different bitwidths")
     return tuple(sorted(found))
@@ -366,14 +364,14 @@ class Recomputed(torch.autograd.graph.saved_tensors_hooks):
 
 
 class Operands(torch.overrides.TorchFunctionMode):
-    """While one layer's own forward runs: quantizes the operands of the convolution or matrix product that uses a tensor
+    """While one layer's own forward runs: quantizes the operands of each convolution or matrix product that uses a tensor
     of its weight's shape. It acts there and not on `weight` and the layer's input because subclasses pad by hand or
     standardize their weights: what must be on the integer grid is what the hardware multiplies.
     """
 
     def __init__(self, layer):
         super().__init__()
-        self.layer = layer
+        self.layer, self.used = layer, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -383,6 +381,7 @@ class Operands(torch.overrides.TorchFunctionMode):
         x, weight, layer = names.pop("input"), names.pop("weight"), self.layer
         if weight.shape != layer.operand_shape:
             return func(*args, **kwargs)
+        self.used = True
         with torch._C.DisableTorchFunction():                  # a layer that holds other layers must not see their calls
             fixed = not (layer.learn_image_step or x.requires_grad) and len(layer.input_quantizer.bits) == 1
             with torch.no_grad() if fixed else contextlib.nullcontext():
@@ -398,9 +397,15 @@ class Operands(torch.overrides.TorchFunctionMode):
 class QuantizedLayer:
     """Mixed into the class of a layer (see `twin`): same weight, same state-dict keys, same forward, quantized operands."""
 
+    tally, recompute, learn_image_step = None, False, True                          # see trace, and set_training
+
     def forward(self, *args, **kwargs):
-        with Operands(self):
-            return super().forward(*args, **kwargs)
+        with Operands(self) as operands:
+            out = super().forward(*args, **kwargs)
+        if not operands.used and self.tally is None and self.weight_quantizer.enabled:
+            raise AsgaError(f"a {type(self).__mro__[2].__name__} does not multiply by its weight through F.conv2d or F.linear, so it "
+                            f"cannot be quantized: give example_inputs, and it stays in full precision")
+        return out
 
     def __reduce__(self):                                      # the mixed class has no importable name: pickle its parts
         return _revive, (type(self).__mro__[2],), self.__dict__
@@ -419,6 +424,8 @@ def _revive(kind):
 
 def layers_of(model):
     """{name: module} of what can be quantized, in the order of registration."""
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        raise AsgaError(f"{type(model).__name__} has lazy layers, whose sizes are not known yet: run a batch through it first")
     return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 
@@ -440,8 +447,7 @@ def _own_forward(layer, args):
 
 def _attach(layer, weight_quantizer, input_quantizer):
     if not isinstance(layer, QuantizedLayer):
-        layer.operand_shape, layer.tally = layer.weight.shape, None
-        layer.recompute, layer.learn_image_step = False, True                       # see set_training
+        layer.operand_shape = layer.weight.shape
         layer.__class__ = twin(type(layer))
         layer.register_forward_pre_hook(_own_forward)
     layer.weight_quantizer = weight_quantizer.to(layer.weight.device)
@@ -450,7 +456,7 @@ def _attach(layer, weight_quantizer, input_quantizer):
 
 def _copy(model):
     """deepcopy, also of networks that keep a computed tensor (an activation, old weight_norm), which deepcopy refuses."""
-    computed = {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values()
+    computed = {id(t): t.detach().clone() for m in model.modules() for t in torch.utils._pytree.tree_leaves(vars(m))
                 if torch.is_tensor(t) and t.grad_fn is not None}
     return copy.deepcopy(model, computed)
 
@@ -499,7 +505,7 @@ def trace(model, example_inputs):
     set_quantizers(model, False)
     args = _as_args(example_inputs)
     _run_eval(model, args)
-    images = next((len(a) for a in args if torch.is_tensor(a) and a.dim() > 1), 1)
+    images = next((len(a) for a in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(a) and a.dim() > 1), 1)
     return {name: LayerCost(count // images, found[name].weight.numel()) for name, count in macs.items()}
 
 
@@ -514,10 +520,7 @@ def edge_bits(names, keep):
     else:
         kept = dict(keep) if isinstance(keep, dict) else dict.fromkeys(keep, 8)
     for name, bits in kept.items():
-        try:
-            check_bits((bits,))
-        except AsgaError as error:
-            raise AsgaError(f"keep: {error}")
+        check_bits((bits,), "keep: ")
         if name not in names:
             raise AsgaError(f"keep names layer {name!r}, which the network lacks: its layers are {', '.join(names)}")
     return kept
@@ -528,9 +531,10 @@ def quantize(model, bits_or_policy, *, keep=8, example_inputs=None, relaxation="
 
     bits_or_policy: an int (that many bits everywhere); several ints, or {"w": ints, "a": ints}: the candidates of a
     supernet; or a Policy. keep: see edge_bits (a policy names every layer, so it is not used there). example_inputs (a
-    tensor or a tuple of arguments): calibrates all steps at once, finds the order of the layers, and leaves layers that
-    the forward pass never multiplies with in full precision. Without it each activation quantizer calibrates itself on the
-    first tensor that it sees. A supernet quantized again with a policy keeps the steps that it learned.
+    tensor or a tuple of arguments): calibrates all steps at once, finds the order of the layers, and leaves layers whose
+    weight no F.conv2d or F.linear of the forward pass uses in full precision. Without it each activation quantizer calibrates
+    itself on the first tensor that it sees. A supernet quantized again with a policy keeps the steps that it learned.
+    BatchNorm's statistics stay those of full precision: see update_statistics. Tune with StepGuard.
     Raises AsgaError where policy and network do not fit.
     """
     found = layers_of(model)
@@ -914,6 +918,8 @@ class ASGA(torch.optim.Optimizer):
         groups = [{**group, "params": [group["params"]] if torch.is_tensor(group["params"]) else
                    [p[1] if isinstance(p, tuple) else p for p in group["params"]]} for group in groups]   # named_parameters()
         if isinstance(base_optimizer, torch.optim.Optimizer):
+            if base_settings:
+                raise ValueError(f"{', '.join(base_settings)}: base_optimizer is made already, give it its settings there")
             still = {id(p) for group in groups if not group.get("perturb", True) for p in group["params"]}
             given = {id(p) for group in groups for p in group["params"]}
             if given != {id(p) for group in base_optimizer.param_groups for p in group["params"]}:
@@ -926,6 +932,8 @@ class ASGA(torch.optim.Optimizer):
             self.base = base_optimizer
         else:
             self.base = base_optimizer(groups, **base_settings)
+        if isinstance(self.base, torch.optim.LBFGS):
+            raise ValueError("LBFGS calls the closure itself, and would never see the combined gradient: use another base_optimizer")
         super().__init__(self.base.param_groups, self.base.defaults)
         self.param_groups, self.state = self.base.param_groups, self.base.state                          # shared, not copied
         self.rho_min, self.rho_max, self.alpha = rho_min, rho_max, alpha
@@ -939,38 +947,39 @@ class ASGA(torch.optim.Optimizer):
         closure = torch.enable_grad()(closure)
         params = [p for group in self.param_groups for p in group["params"]]
         draws = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in {p.device for p in params if p.is_cuda}]
-        loss = torch.as_tensor(closure()).detach()
-        first = {p: p.grad for p in params if p.grad is not None}                                               # g
-        moved = [p for group in self.param_groups if group.get("perturb", True) for p in group["params"] if p in first]
-        if not first or self.rho_max == self.alpha == 0:
-            norm = torch.nn.utils.get_total_norm(first.values())
+        loss = closure()
+        if loss is None:
+            raise ValueError("the closure returned nothing: it clears gradients, runs forward and backward, and returns the loss")
+        loss = torch.as_tensor(loss).detach()
+        grad = {p: p.grad for p in params if p.grad is not None}                                                # g
+        moved = [p for group in self.param_groups if group.get("perturb", True) for p in group["params"] if p in grad]
+        if not moved or self.rho_max == self.alpha == 0:
+            norm = torch.nn.utils.get_total_norm(grad.values())
             self.last = dict(loss=loss, perturbed_loss=loss, gap=loss - loss, rho=torch.zeros_like(norm), grad_norm=norm,
                              cos=torch.ones_like(norm), projected=torch.zeros_like(norm, dtype=torch.bool))
             self.base.step()
             return loss
 
-        norm = torch.nn.utils.get_total_norm([first[p] for p in moved])
+        wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))           # half precisions underflow in products
+        norm = wide(torch.nn.utils.get_total_norm([grad[p] for p in moved]))
         rho = self.rho = self.rho.to(norm)
         scale = torch.where(norm > 0, rho / norm, 0) - self.alpha
         if [(b.shape, b.dtype, b.device) for b in self.backup] != [(p.shape, p.dtype, p.device) for p in moved]:
             self.backup = [torch.empty_like(p) for p in moved]          # kept: fresh memory takes longer than the copy itself
-        if moved:
-            torch._foreach_copy_(self.backup, moved)
+        torch._foreach_copy_(self.backup, moved)
         for p in params:
             p.grad = None
         try:
-            if moved:
-                torch._foreach_add_(moved, torch._foreach_mul([first[p] for p in moved], scale))
+            torch._foreach_add_(moved, torch._foreach_mul([grad[p] for p in moved], scale))
             perturbed_loss = torch.as_tensor(self._second_pass(closure, draws)).detach()
         finally:
-            if moved:
-                torch._foreach_copy_(moved, self.backup)
+            torch._foreach_copy_(moved, self.backup)
 
-        both = [p for p in params if p in first or p.grad is not None]           # no gradient in one of the passes: zero
-        g = [first[p] if p in first else torch.zeros_like(p) for p in both]
+        both = [p for p in params if p in grad or p.grad is not None]           # no gradient in one of the passes: zero
+        g = [grad[p] if p in grad else torch.zeros_like(p) for p in both]
         g_p = [p.grad if p.grad is not None else torch.zeros_like(p) for p in both]
-        dot = torch.stack([(a * b).sum() for a, b in zip(g_p, g)]).sum()                                         # ⟨g_p, g⟩
-        square = (norm if len(moved) == len(g) else torch.nn.utils.get_total_norm(g)).square()
+        dot = torch.stack([(wide(a) * wide(b)).sum() for a, b in zip(g_p, g)]).sum()                                         # ⟨g_p, g⟩
+        square = (norm if len(moved) == len(g) else wide(torch.nn.utils.get_total_norm(g))).square()
         length = square.sqrt() * torch.nn.utils.get_total_norm(g_p)
         conflict = (dot < 0) & (square > 0)
         against = torch.where(conflict & self.project, dot / square, 0)                  # ⟨g_p, g⟩/‖g‖², where it is negative
@@ -1011,6 +1020,9 @@ class ASGA(torch.optim.Optimizer):
                 for name, buffer, before in buffers:
                     buffer.copy_(before)
                     module._buffers[name] = buffer
+
+    def __getstate__(self):                     # torch's would keep the groups alone: copies and pickles need all
+        return dict(self.__dict__)
 
     def state_dict(self):
         """The base optimizer's state and the radius: enough to continue identically."""
@@ -1070,10 +1082,7 @@ class Policy:
             if not isinstance(bits, (tuple, list)) or len(bits) != 2:
                 raise AsgaError(f"layer {name}: {bits!r} is not a pair of bitwidths (weights, activations)")
             for b in bits:
-                try:
-                    check_bits((b,))
-                except AsgaError as error:
-                    raise AsgaError(f"layer {name}: {error}")
+                check_bits((b,), f"layer {name}: ")
         self.layers = {name: tuple(bits) for name, bits in self.layers.items()}
 
     @property
@@ -1126,7 +1135,7 @@ class Policy:
             if name in reached and name not in self.layers:
                 raise AsgaError(f"policy for another network: {type(model).__name__} has a layer {name!r} without bits in it "
                                 f"(if no forward pass calls it, give example_inputs)")
-        for name, size in self.sizes.items():
+        for name, size in ((name, self.sizes[name]) for name in self.layers if name in self.sizes):
             with _evaluating(found[name]):
                 numel, per_output = found[name].weight.numel(), found[name].weight[0].numel()
             head = name == list(self.layers)[-1] and size.numel % per_output == 0
@@ -1250,6 +1259,7 @@ class SearchSettings:
         self.candidates_w, self.candidates_a = check_bits(self.candidates_w), check_bits(self.candidates_a)
         if self.method not in METHODS:
             raise AsgaError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
+        vars(self).update(METHODS[self.method])                              # recorded is what runs
         if self.steps < 1:
             raise AsgaError(f"steps {self.steps} leaves nothing to search: give at least 1")
         check_finite(self, ("rho_min", "rho_max", "alpha", "lr", "lr_beta", "momentum", "weight_decay"))
@@ -1302,7 +1312,11 @@ def plan(model, example_inputs, budget, settings):
         raise AsgaError(f"{type(model).__name__} has no Conv2d and no Linear layer: there is nothing to quantize")
     left = [name for name in layers_of(model) if name not in layers]
     if left:
-        say(f"not quantized, as a forward pass never calls them: {', '.join(left)}")
+        say(f"not quantized, as no F.conv2d or F.linear of a forward pass uses their weight: {', '.join(left)}")
+    other = [name for name, m in model.named_modules() if not isinstance(m, nn.Conv2d)
+             and isinstance(m, (nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear))]
+    if other:
+        say(f"in full precision and outside the budget, as they are no Conv2d and no Linear: {', '.join(other)}")
     kept = edge_bits(list(layers), settings.keep)
     device = next(model.parameters()).device                    # a layer was found, so there are parameters
     ends = [[[kept.get(name, end(c)) for name in layers] for c in (settings.candidates_w, settings.candidates_a)]
@@ -1318,8 +1332,8 @@ class Search:
 
     def __init__(self, model, budget, kept, settings, batches):
         self.budget, self.settings = budget, settings
-        free = (settings.candidates_w, settings.candidates_a)
-        choices = {name: ((kept[name],),) * 2 if name in kept else free for name in budget.names}
+        candidates = (settings.candidates_w, settings.candidates_a)
+        choices = {name: ((kept[name],),) * 2 if name in kept else candidates for name in budget.names}
         self.net = attach_quantizers(model, choices, settings.relaxation, settings.tau)
         calibrate(self.net, batches)
         layers = quantized_layers(self.net)
@@ -1337,7 +1351,7 @@ class Search:
             groups.append({"params": bits, "lr": settings.lr_beta, "base_lr": settings.lr_beta, "weight_decay": 0.0})
         chosen = {key: getattr(settings, key) for key in ("rho_min", "rho_max", "alpha", "adaptive", "project", "direction")}
         self.optimizer = ASGA(groups, torch.optim.SGD, lr=settings.lr, momentum=settings.momentum,
-                              **{**chosen, **METHODS[settings.method]})
+                              **chosen)
 
     def bits(self):
         """E[b] of all quantizers: [2, L], row 0 weights, row 1 activations, layers in network order."""
@@ -1349,7 +1363,7 @@ class Search:
             return self._write(self.budget.uniform())
         tilted = lambda t: torch.where(self.values > 0, -t * self.values, -math.inf)
         expected = lambda t: (torch.softmax(tilted(t) / self.settings.tau, -1) * self.values).sum(-1)
-        t = self.budget.solve(lambda t: expected(t[..., None]), self.budget.hi.new_tensor(50.0))
+        t = self.budget.solve(lambda t: expected(t[..., None]), self.budget.hi.new_tensor(50.0 * self.settings.tau))
         self._write_logits(tilted(t))
 
     @torch.no_grad()
@@ -1437,20 +1451,22 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     if iter(batches) is batches:
         raise AsgaError("batches can be read only once: give a list or a DataLoader, not a generator")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    move = lambda v: v.to(device) if torch.is_tensor(v) else type(v)(map(move, v)) if isinstance(v, (tuple, list)) else v
+    each = lambda change, v: torch.utils._pytree.tree_map(lambda t: change(t) if torch.is_tensor(t) else t, v)
+    move = lambda v: each(lambda t: t.to(device), v)
     warm = [move(x) for x, _ in itertools.islice(batches, 4)]
     if not warm:
         raise AsgaError("batches is empty: a search needs (inputs, targets) pairs")
     if example_inputs is None:
-        example_inputs = tuple(a[:1] for a in _as_args(warm[0]))
+        example_inputs = each(lambda t: t[:1] if t.dim() else t, _as_args(warm[0]))
     budget, kept = plan(model, example_inputs, budget, settings)
-    run = Search(model, budget, kept, settings, warm)
+    began, run = time.monotonic(), Search(model, budget, kept, settings, warm)
     stream = itertools.chain.from_iterable(batches for _ in itertools.count())
     for done, (x, y) in enumerate(itertools.islice(stream, settings.steps if settings.method != "uniform" else 0)):
         record = run.step(move(x), move(y), loss_fn, done)
         if on_step:
             on_step(done, record)
-    return run.policy(search={"method": settings.method, "settings": dataclasses.asdict(settings)})
+    return run.policy(search={"method": settings.method, "seconds": round(time.monotonic() - began, 3), "device": describe(device),
+                              "settings": dataclasses.asdict(settings)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1556,6 +1572,7 @@ def build(arch, num_classes):
         sys.path.pop(0)
     if not isinstance(model, nn.Module):
         raise AsgaError(f"arch {arch!r} returned a {type(model).__name__}: it must return an nn.Module")
+    layers_of(model)                                                              # refuses lazy ones
     return model
 
 
@@ -1682,6 +1699,8 @@ class ImageSet(torch.utils.data.Dataset):
     def decode(self, i):
         """uint8 [3, S, S]: the shorter side resized to S, the centre cut out."""
         def fit(image):
+            if image.mode.startswith("I"):                        # 16-bit grey: convert() alone clips it to 255
+                image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
             image = image.convert("RGB")
             scale = self.size / min(image.size)
             if scale != 1:
@@ -1780,8 +1799,10 @@ def class_subset(spec, count):
     chosen = []
     for part in spec.split(","):
         first, _, last = part.partition("-")
+        if int(last or first) < int(first):
+            raise AsgaError(f"--classes {spec!r}: {part} runs backwards; write {last}-{first}")
         chosen += range(int(first), int(last or first) + 1)
-    if not chosen or max(chosen) >= count or len(set(chosen)) < len(chosen):
+    if max(chosen) >= count or len(set(chosen)) < len(chosen):
         raise AsgaError(f"--classes {spec!r}: the set has classes 0 to {count - 1}; name each once")
     return chosen
 
@@ -2065,18 +2086,15 @@ def training_stream(part, batch_size, device, resolution, seed, style):
 @torch.no_grad()
 def evaluate(model, part, resolution, device, batch_size=64):
     """{"accuracy": percent, "loss": mean cross-entropy} over an ImageSet, in eval mode; the model stays as it was."""
-    right, loss, progress = 0, 0.0, Progress("evaluating", len(part))
-    modes, prepared = model.training, Prepared(model)
-    model.eval()
-    done = 0
-    for images, y in part.batches(torch.arange(len(part)).split(batch_size), device):
-        with prepared:
-            logits = first_output(model(normalize(images, resolution)))
-        right += (logits.argmax(1) == y).sum().item()
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        done += len(y)
-        progress.show(done, accuracy=f"{100 * right / done:.2f} %")
-    model.train(modes)
+    right, loss, done, progress, prepared = 0, 0.0, 0, Progress("evaluating", len(part)), Prepared(model)
+    with _evaluating(model):
+        for images, y in part.batches(torch.arange(len(part)).split(batch_size), device):
+            with prepared:
+                logits = first_output(model(normalize(images, resolution)))
+            right += (logits.argmax(1) == y).sum().item()
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+            done += len(y)
+            progress.show(done, accuracy=f"{100 * right / done:.2f} %")
     return {"accuracy": 100 * right / len(part), "loss": loss / len(part)}
 
 
@@ -2204,7 +2222,7 @@ class Job:
         own = self.data.size or 64
         self.resolution = cfg.resolution or (64 if is_torchvision(cfg.arch) else own)
         if not cfg.resolution and not self.data.size:
-            say(f"images differ in size: taking them at {self.resolution} pixels (--resolution changes that)")
+            say(f"images differ in size or are not square: taking them at {self.resolution} pixels (--resolution changes that)")
         for part in (self.data.train, self.data.val):
             part.size = min(self.data.size or self.resolution, self.resolution)
         self.train = self.data.train
@@ -2350,7 +2368,8 @@ def cmd_search(cfg):
         search={"method": cfg.method, "seed": cfg.seed, "seconds": round(seconds, 3), "device": describe(job.device),
                 "settings": dataclasses.asdict(cfg)})
     untuned = attach_quantizers(run.net, policy.choices)
-    update_statistics(untuned, job.inputs(16))
+    for net in (run.net, untuned):
+        update_statistics(net, job.inputs(16))
     metrics = {"full_precision": job.evaluate(job.model), "supernet": job.evaluate(run.net),
                "policy": job.evaluate(untuned), "policy_bops": policy.bops,
                "fp_seconds": round(fp_seconds, 3), "seconds": round(seconds, 3)}

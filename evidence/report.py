@@ -561,8 +561,8 @@ def text(runs, images=""):
             "shows their range); of so many rows one in twenty is chance. \"As well\" means not worse by more than 0.5 points or 0.01 CE. All seeds share the "
             "full-precision weights and the validation images, so what those contribute is not in the intervals. sam and sagm have asga's ρ_max. Rows with five seeds "
             "had three at first; two more were added after those had been seen. To show \"as well\" at their spread takes about sixteen.\n",
-            markdown(VERDICTS, rows), spent(runs), "## Inside the searches\n\nA supernet is judged by the running statistics of BatchNorm that its search left, a policy by new ones: "
-            "so a policy can come out above its supernet, and the supernets of lite0 are judged poorly.\n", inside_rows(runs),
+            markdown(VERDICTS, rows), spent(runs), "## Inside the searches\n\nUp to asga.py bb0d07986629, a supernet is judged by the running statistics of BatchNorm that its "
+            "search left, a policy by new ones: so a policy can come out above its supernet, most of all on lite0. Since then both have new ones.\n", inside_rows(runs),
             "## Flatness\n\nRounding absorbs small noise, the more the fewer the bits; budgets are equal here.\n", flat, "## Radius\n\nThe steps until a tenth of the way is left follow from the cosine schedule of the learning rate, and adaptive ρ stands at its upper bound "
             "most of the time: these runs test claim 4 hardly.\n", radius,
             "## Ranks of random policies\n", ranks or "Not tested at this scale.\n"]
