@@ -5,8 +5,8 @@
 
 Prints one line of JSON (results/beta_gradient.jsonl holds ours). At a budget of whole bits the start is on a candidate, where the slopes to its two sides
 differ and the least move changes g: take 2.4bit or 3.5bit. On each of --batches batches of the search: g and g_p, the gradients of L and L_p (θ moved by ρ_max along g,
-less α g), their parts for β, and of these the part along the budget's surface, as the search moves no other way. cos: of g with
-g_p on the same batch; of the g of two batches (mean over pairs); of means over one half of the batches with means over the other, so that both have
+less α g). all: their cosine over all parameters, mean of the batches. The rest is of their parts for β along the budget's surface, as the search moves no other
+way. cos: of g with g_p on the same batch; of the g of two batches (mean over pairs); of means over one half of the batches with means over the other, so that both have
 noise of their own; and what the last three say of the expected g and g_p, without noise: cos(g, g_p) / √(cos(g, g) cos(g_p, g_p)). length: of the expected g
 and g_p − g, that is √(‖mean‖² − its squared standard error); 0 where noise is all. p: the share of random signs of the batches for which the mean of g_p − g is as
 long as ours, the chance of its length if the perturbed pass told nothing new.
@@ -25,27 +25,31 @@ import asga  # noqa: E402
 
 
 def beta_gradients(run, batches, loss_fn=F.cross_entropy):
-    """(g, g_p) of β along the budget's surface, [batches, free quantizers] float64. The network's parameters are as before afterwards."""
-    params = [p for p in run.net.parameters() if p.requires_grad]
+    """(g, g_p) of β along the budget's surface, [batches, free quantizers] float64, and cos(g, g_p) over all parameters [batches]. As in the optimizer
+    both passes have the same random draws (dropout), and the parameters are as before afterwards."""
+    params, total_norm = [p for p in run.net.parameters() if p.requires_grad], torch.nn.utils.get_total_norm
     place = {id(p): i for i, p in enumerate(params)}
     free = torch.tensor([[len(q.bits) > 1 for q in row] for row in run.quantizers], device=run.budget.lo.device)
     normal = F.normalize(run.budget.gradient(run.bits())[free], dim=0)                                        # ∇ log C of what is free
     run.net.train()
 
-    def gradient(x, y):
-        grads = torch.autograd.grad(loss_fn(asga.first_output(run.net(x)), y), params, allow_unused=True, materialize_grads=True)
+    def gradient(i, x, y):
+        with torch.random.fork_rng():
+            torch.manual_seed(i)
+            grads = torch.autograd.grad(loss_fn(asga.first_output(run.net(x)), y), params, allow_unused=True, materialize_grads=True)
         beta = torch.stack([grads[place[id(q.beta)]] for q in run.free]).to(normal)
         return grads, beta - (beta @ normal) * normal
 
     found = []
-    for x, y in batches:
-        g, g_beta = gradient(x, y)
+    for i, (x, y) in enumerate(batches):
+        g, g_beta = gradient(i, x, y)
         before = [p.detach().clone() for p in params]
-        scale = run.settings.rho_max / torch.nn.utils.get_total_norm(g) - run.settings.alpha
+        scale = run.settings.rho_max / total_norm(g) - run.settings.alpha
         try:
             with torch.no_grad():
                 torch._foreach_add_(params, torch._foreach_mul(g, scale))
-            found.append((g_beta, gradient(x, y)[1]))
+            g_p, g_p_beta = gradient(i, x, y)
+            found.append((g_beta, g_p_beta, sum((a * b).sum() for a, b in zip(g, g_p)) / (total_norm(g) * total_norm(g_p))))
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(params, before)
@@ -86,9 +90,9 @@ def main():
         if state.get("format") != "asga-supernet" or state["arch"] != cfg.arch:
             raise asga.AsgaError(f"--supernet {args.supernet} is no supernet of {cfg.arch}: give the supernet.pt of a search with the same flags")
         run.net.load_state_dict(state["state"])
-    g, g_p = beta_gradients(run, itertools.islice(job.stream()(0), args.batches))
-    print(json.dumps({"arch": cfg.arch, "data": Path(cfg.data).name, "budget": cfg.budget, "at": "/".join(Path(args.supernet).parts[-2:]) if args.supernet else "start", "rho": cfg.rho_max, "seed": cfg.seed,
-                      "batches": args.batches, "batch_size": cfg.batch_size, "free": len(run.free), **summary(g, g_p)}, ensure_ascii=False))
+    g, g_p, whole = beta_gradients(run, itertools.islice(job.stream()(0), args.batches))
+    print(json.dumps({"arch": cfg.arch, "data": Path(cfg.data).name, "budget": cfg.budget, "at": "/".join(Path(args.supernet).parts[-2:]) if args.supernet else "start", "rho": cfg.rho_max, "alpha": cfg.alpha, "seed": cfg.seed,
+                      "batches": args.batches, "batch_size": cfg.batch_size, "free": len(run.free), "all": {"cos": {"g, g_p": round(whole.mean().item(), 4)}}, **summary(g, g_p)}, ensure_ascii=False))
 
 
 if __name__ == "__main__":

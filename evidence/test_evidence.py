@@ -262,10 +262,10 @@ def test_each_claim_has_its_row_in_the_committed_report():
 def test_beta_gradients_are_those_of_the_optimizer_along_the_budget():
     torch.manual_seed(0)
     model, x, y = asga.ResNet20(10), torch.randn(16, 3, 32, 32), torch.arange(16) % 10
-    settings = asga.SearchSettings(method="sam", candidates_w=(2, 4), candidates_a=(2, 3, 4), rho_max=0.02, alpha=0.001)
+    settings = asga.SearchSettings(candidates_w=(2, 4), candidates_a=(2, 3, 4), rho_max=0.02, alpha=0.001)
     run = asga.Search(model, *asga.plan(model, x[:1], "3bit", settings), settings, [x])
     before = [p.detach().clone() for p in run.net.parameters()]
-    g, g_p = beta_gradient.beta_gradients(run, [(x, y)] * 2)
+    g, g_p, whole = beta_gradient.beta_gradients(run, [(x, y)] * 2)
     assert all(torch.equal(a, b) for a, b in zip(before, run.net.parameters()))
     normal = torch.cat([row[1:-1] for row in run.budget.gradient(run.bits())])                          # edge layers are fixed
     assert (g @ normal).abs().max() < 1e-9 * normal.norm() and (g_p @ normal).abs().max() < 1e-9 * normal.norm()
@@ -283,6 +283,16 @@ def test_beta_gradients_are_those_of_the_optimizer_along_the_budget():
     for found, raw in ((g, own), (g_p, [q.beta.grad for q in run.free])):
         raw = torch.stack([v.double() for v in raw])
         assert torch.allclose(found[1], raw - (raw @ normal) / normal.square().sum() * normal, atol=1e-6) and found[1].norm() > 1e-3
+    assert whole[1].item() == pytest.approx(optimizer.last["cos"].item(), abs=1e-3)
+
+
+def test_both_passes_of_beta_gradients_have_the_same_dropout():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8 * 36, 8), nn.Dropout(0.5), nn.Linear(8, 5)), torch.randn(8, 3, 8, 8)
+    settings = asga.SearchSettings(rho_max=0.0, rho_min=0.0, alpha=0.0, keep=None)
+    run = asga.Search(model, *asga.plan(model, x[:1], "3.5bit", settings), settings, [x])
+    g, g_p, whole = beta_gradient.beta_gradients(run, [(x, torch.arange(8) % 5)] * 2)
+    assert torch.equal(g, g_p) and torch.allclose(whole, torch.ones(2)) and not torch.allclose(g[0], g[1])
 
 
 def test_what_the_summary_of_beta_gradients_tells():
