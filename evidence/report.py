@@ -53,6 +53,8 @@ def collect(work, plan, transfers, known=None):
         made = (work / f"{name}.log").read_text().splitlines()[:2] if (work / f"{name}.log").exists() else ["", ""]
         record = {"name": name, "command": plan.shown(job), "asga.py": made[1].rpartition(" ")[2], "needs": job.needs, "cell": cells.get(name), "ready": name in plan.ready,
                   "metrics": read(folder / "metrics.json"), "flatness": read(folder / "flatness.json")}
+        if record["flatness"]:
+            record["flatness"]["run"] = job.needs[0]                                     # no paths of this machine
         policy = read(folder / "policy.json")
         if policy:
             search = policy["search"]
