@@ -5,6 +5,7 @@
 import json
 import math
 import random
+import shutil
 import statistics
 import sys
 from collections import Counter
@@ -326,35 +327,47 @@ def flatness_rows(runs):
                 values = [measure(b[s]) - measure(a[s]) for s in runs.common(runs.seeds("resnet20", "2.4bit", "asga"), runs.seeds("resnet20", "2.4bit", other))
                           if s in a and s in b]
                 if values:
-                    rows.append(judged("3 flatter minima", f"{where}: {name}, {other} − asga", values, "+.3g"))
+                    rows.append(judged("3 flatter minima", f"resnet20 2.4bit: {where}: {name}, {other} − asga", values, "+.3g"))
     return markdown(["of", "method", "n", "largest eigenvalue", "gap at ρ = 0.05", "points lost to noise σ = 0.1",
                      "ρ = 0.05 moves weights / BatchNorm and biases / steps / β (bits) by", "cos(g, g_p) of the same"], table), rows
 
 
 def radius_rows(runs):
     """Claim 4: adaptive and fixed ρ, from the logs of the searches. sagm is ASGA at a fixed 0.05 without the explicit projection."""
-    table, rows, at = [], [], ("resnet20", "2.4bit")
-    own = runs.searches(*at, "asga")
-    for method in ["joint", "asga", "sagm", *sorted({k[2] for k in runs.found if k[2].startswith("asga-rho")})]:
-        found = runs.searches(*at, method)
-        if not found:
-            continue
-        last = [statistics.mean(r["loss"] for r in p["log"][-3:]) for p in found.values()]
-        table.append([method, len(found), spread(last, ".4f"), spread([p["metrics"]["supernet"]["loss"] for p in found.values()], ".4f"),
-                      spread([p["metrics"]["policy"]["accuracy"] for p in found.values()]), spread([settled(p["log"]) for p in found.values()], ".0f"),
-                      f"{min(p['radii'][0] for p in found.values()):.3f} to {max(p['radii'][1] for p in found.values()):.3f}",
-                      f"{100 * statistics.mean(p['at_most'] for p in found.values()):.0f} % / {100 * statistics.mean(p['at_least'] for p in found.values()):.0f} %"])
-        if method not in ("asga", "joint"):
-            fixed = "fixed 0.05 (sagm)" if method == "sagm" else f"fixed {method[9:]}"
+    table, rows = [], []
+    for net, budget in with_radii(runs):
+        own = runs.searches(net, budget, "asga")
+        for method, fixed in radii(runs):
+            found = runs.searches(net, budget, method)
+            if not found:
+                continue
+            last = [statistics.mean(r["loss"] for r in p["log"][-3:]) for p in found.values()]
+            table.append([f"{net} {budget}", method, len(found), spread(last, ".4f"), spread([p["metrics"]["supernet"]["loss"] for p in found.values()], ".4f"),
+                          spread([p["metrics"]["policy"]["accuracy"] for p in found.values()]), spread([settled(p["log"]) for p in found.values()], ".0f"),
+                          f"{min(p['radii'][0] for p in found.values()):.3f} to {max(p['radii'][1] for p in found.values()):.3f}",
+                          f"{100 * statistics.mean(p['at_most'] for p in found.values()):.0f} % / {100 * statistics.mean(p['at_least'] for p in found.values()):.0f} %"])
+            if not fixed:
+                continue
             common = runs.common(own, found)
             for what, measure, form in (("supernet's CE (proxy, val) after the search", lambda p: p["metrics"]["supernet"]["loss"], "+.4f"),
                                         ("training loss, mean of all steps (added after the runs)", lambda p: statistics.mean(r["loss"] for r in p["log"]), "+.4f"),
                                         ("steps until the bits have a tenth of their way left", lambda p: settled(p["log"]), "+.0f")):
                 values = [measure(found[s]) - measure(own[s]) for s in common]
                 if values:
-                    rows.append(judged("4 adaptive ρ converges faster", f"{what}, {fixed} − adaptive", values, form))
-    return markdown(["search", "n", "loss, last 30 steps", "supernet, val CE", "policy, untuned, %", "a tenth of the way left at step", "ρ",
+                    rows.append(judged("4 adaptive ρ converges faster", f"{net} {budget}: {what}, {fixed} − adaptive", values, form))
+    return markdown(["", "search", "n", "loss, last 30 steps", "supernet, val CE", "policy, untuned, %", "a tenth of the way left at step", "ρ",
                      "at the largest / least"], table), rows
+
+
+def with_radii(runs):
+    """[(net, budget)] that were searched at several fixed radii."""
+    return sorted({key[:2] for key in runs.found if key[2].startswith("asga-rho")})
+
+
+def radii(runs):
+    """[(method, its fixed radius in words; "" where it is not fixed)]"""
+    others = sorted({key[2] for key in runs.found if key[2].startswith("asga-rho")})
+    return [("joint", ""), ("asga", ""), ("sagm", "fixed 0.05 (sagm)"), *((m, f"fixed {m.removeprefix('asga-rho-')}") for m in others)]
 
 
 def step_time(runs, net, budget, method):
@@ -411,10 +424,13 @@ def inside_rows(runs):
 
 
 def rank_rows(runs):
-    target, proxy = (runs.alike(runs.seeds("resnet20", "2.4bit", "random", target=t)) for t in ("target", "proxy"))
+    """Claim 2: do random policies rank on the target as they do on the proxy? On the network that has most of them on both."""
+    both = [[runs.alike(runs.seeds(net, budget, "random", target=t)) for t in ("target", "proxy")] for net, budget in sorted({key[:2] for key in runs.found})]
+    target, proxy = max(both, key=lambda pair: len(set(pair[0]) & set(pair[1])), default=({}, {}))
     common = sorted(set(target) & set(proxy))
     if len(common) < 5:
         return ""
+    net, budget = (target[common[0]]["cell"][key] for key in ("net", "budget"))
     rows = []
     for part in ("quantized", "tuned"):
         for key in ("accuracy", "loss"):
@@ -430,7 +446,7 @@ def rank_rows(runs):
     limit = "" if len(same) < 2 else (
         f"\nTuning has a spread of its own: one and the same policy (flow's) has a standard deviation of {statistics.stdev(same):.4f} of CE over {len(same)} seeds, the "
         f"random policies {statistics.stdev(r['metrics']['tuned']['loss'] for r in target.values()):.4f} on the target: even a perfect proxy would not reach 1.\n")
-    return markdown(["", "of", "n", "Spearman's correlation of proxy and target [95 %]"], rows) + limit
+    return markdown([f"{net} {budget}", "of", "n", "Spearman's correlation of proxy and target [95 %]"], rows) + limit
 
 
 # --------------------------------------------------------------------------------------------------------------- plots
@@ -465,19 +481,19 @@ def plots(runs, folder):
             axis.set_xlabel(label)
         axes[0].set_yticks(range(len(methods)), methods)
         save(figure, f"tuned-{net}-{budget}", f"{net}, {budget}: every seed, and the mean (red)")
-    curves = {m: list(runs.searches("resnet20", "2.4bit", m).values())
-              for m in ("joint", "asga", "sagm", *sorted(k[2] for k in runs.found if k[2].startswith("asga-rho")))}
-    if any(curves.values()):
-        same = [set(runs.searches("resnet20", "2.4bit", m)) for m in curves if curves[m]]
-        curves = {m: [p for s, p in runs.searches("resnet20", "2.4bit", m).items() if s in set.intersection(*same)] for m in curves}
+    for net, budget in with_radii(runs):
+        curves = {m: runs.searches(net, budget, m) for m, _ in radii(runs)}
+        curves = {m: found for m, found in curves.items() if found}
+        same = set.intersection(*map(set, curves.values()))
+        if not same:
+            continue
         figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6))
-        for method, found in curves.items():
-            if not found:
-                continue
+        for method, by_seed in curves.items():
+            found = [by_seed[seed] for seed in sorted(same)]
             mean = lambda value: [statistics.mean(values) for values in zip(*([value(p, r) for r in p["log"]] for p in found))]
             steps = [r["step"] for r in found[0]["log"]]
             axes[0].plot(steps, mean(lambda p, r: r["loss"]), label=method)
-            second = step_time(runs, "resnet20", "2.4bit", method)
+            second = step_time(runs, net, budget, method)
             axes[1].plot([second * step for step in steps], mean(lambda p, r: r["loss"]))
             axes[2].plot(steps, mean(lambda p, r: statistics.mean(
                 abs(a - b) for a, b in zip(sum(r["bits"], []), sum(p["log"][-1]["bits"], [])))))
@@ -485,14 +501,14 @@ def plots(runs, folder):
             axis.set_xlabel(x)
             axis.set_ylabel(y)
         axes[0].legend(fontsize=7)
-        save(figure, "convergence", "resnet20, 2.4 bit: loss over steps and seconds (steps × the median time of one with "
+        save(figure, f"convergence-{net}-{budget}", f"{net}, {budget}: loss over steps and seconds (steps × the median time of one with "
              "as many passes), and how far the bits still have to go; means over the seeds that all have. The expected cost is no curve: every step ends on the budget")
         figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.2))
-        for found in runs.searches("resnet20", "2.4bit", "asga").values():
+        for found in runs.searches(net, budget, "asga").values():
             for axis, key in zip(axes, ("rho", "gap", "grad_norm")):
                 axis.plot([r["step"] for r in found["log"]], [r[key] for r in found["log"]], alpha=0.7)
                 axis.set(xlabel="step", ylabel={"rho": "ρ", "gap": "gap h", "grad_norm": "‖g‖"}[key])
-        save(figure, "radius", "resnet20, 2.4 bit, asga: what the adaptive radius did, one line a seed, means of ten steps")
+        save(figure, f"radius-{net}-{budget}", f"{net}, {budget}, asga: what the adaptive radius did, one line a seed, means of ten steps")
     return "\n".join(shown)
 
 
@@ -598,6 +614,12 @@ def write(records, work, plan, transfers, args):
     folder = out / "reproduce"
     folder.mkdir(parents=True, exist_ok=True)
     asga.write_atomic(folder / "runs.jsonl", lambda part: part.write_text("".join(json.dumps(r) + "\n" for r in records.values())))
+    for name in records:                                                                # small weights: see reproduce.take_weights
+        model = work / name / "model.pt"
+        if name.startswith("fp/") and model.exists() and model.stat().st_size < 2 ** 21:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for file in (model, work / name / "metrics.json"):
+                shutil.copy(file, folder / name)
     for name in plan.ready:
         if name in records and (work / name / "policy.json").exists():
             (out / "policies").mkdir(exist_ok=True)

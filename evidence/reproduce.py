@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,9 +62,12 @@ class Job(NamedTuple):
 # glibc hands large blocks back after every step and gets them page by page at the next: a tenth to a fifth of the time of one on a CPU
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2 ** 25), "MALLOC_TRIM_THRESHOLD_": str(2 ** 34), "MALLOC_TOP_PAD_": str(2 ** 28)}
 LITE = "evidence/networks.py:efficientnet_lite0"
+RESNET20 = Network("resnet20", 32, 32, {"proxy": ("--epochs", 12), "target": ("--epochs", 15), "digits": ("--epochs", 20)},
+                   ("--steps", 200), ("--epochs", 1))
 NETWORKS = {
-    "resnet20": Network("resnet20", 32, 32, {"proxy": ("--epochs", 12), "target": ("--epochs", 15), "digits": ("--epochs", 20)},
-                        ("--steps", 200), ("--epochs", 1)),
+    "resnet20": RESNET20,
+    # the same network from other full-precision weights, which lie beside the results: a second sample of what all seeds share
+    "resnet20b": RESNET20._replace(train={data: (*flags, "--seed", 1) for data, flags in RESNET20.train.items()}),
     "lite0": Network(LITE, 64, 64, {"proxy": ("--epochs", 2, "--batch-size", 64, "--lr", 0.02),
                                     "target": ("--epochs", 4, "--batch-size", 64, "--lr", 0.02)},
                      ("--steps", 200, "--batch-size", 64), ("--epochs", 3, "--batch-size", 64)),
@@ -71,7 +75,7 @@ NETWORKS = {
        for arch in ("resnet18", "mobilenet_v2", "resnet50")},
 }
 # how one minute of resnet20 stretches on the others, roughly, on a CPU
-WEIGHT = {"resnet20": 1, "lite0": 1.5, "resnet18": 2, "mobilenet_v2": 2, "resnet50": 5}
+WEIGHT = {"resnet20": 1, "resnet20b": 1, "lite0": 1.5, "resnet18": 2, "mobilenet_v2": 2, "resnet50": 5}
 
 # flags of `asga.py search`; a method that is not here is one of evidence/policies.py
 SEARCHES = {
@@ -146,7 +150,7 @@ def cells(net, budget, methods, seeds, **more):
 def sections(scale):
     """{section: cells}, in the order of running. Of "policies" only the search is run; "flatness" looks into its runs as well; "gpu"
     is left out on a CPU, unless named."""
-    full, at = scale == "full", ("resnet20", "2.4bit")
+    full, at, b = scale == "full", ("resnet20", "2.4bit"), ("resnet20b", "2.4bit")
     plan = {"headline": cells(*at, HEADLINE, 5),
             "recipe": cells("resnet20", "4bit", ("uniform",), 1),
             "methods": cells(*at, ("flow", "sagm", "asga-half-steps", "joint-double-steps"), 3),
@@ -159,12 +163,13 @@ def sections(scale):
         plan["seeds"] = cells(*at, ("sagm", "asga-half-steps"), 5) + cells(*at, ("asga",), 5, proxy="target")    # of what the claims are judged by
         plan["headline"] += cells("lite0", "3bit", HEADLINE, 5) + cells("lite0", "4bit", HEADLINE, 5)
         plan["flatness"] = cells(*at, ("joint", "asga"), 5) + cells(*at, ("sam", "sagm"), 3)
-        plan["methods"] += cells(*at, ("sam", "asga-no-implicit", "asga-no-projection", "asga-no-floor", "joint-softmax"), 3) \
-            + cells("lite0", "3bit", ("flow", "sam", "sagm", "asga-half-steps", "joint-double-steps"), 3) + cells("resnet20", "3bit", HEADLINE, 3)
-        plan["proxy"] += cells(*at, ("asga",), 3, share="0.1") + cells(*at, ("asga",), 3, share="0.01") \
+        plan["methods"] += cells(*at, ("sam",), 3) + cells(*b, ("uniform", "joint", "asga", "sagm"), 3) \
+            + cells(*b, ("asga-no-implicit", "asga-no-projection", "asga-no-floor", "joint-softmax"), 3) + cells("resnet20b", "3bit", HEADLINE, 3) \
+            + cells("lite0", "3bit", ("flow", "sam", "sagm", "asga-half-steps", "joint-double-steps"), 3)
+        plan["proxy"] += cells(*b, ("asga",), 3, share="0.1") + cells(*b, ("asga",), 3, share="0.01") \
             + cells("lite0", "3bit", ("asga", "joint"), 3, proxy="target")
-        plan["radius"] += cells(*at, ("asga-rho-0.005", "asga-rho-0.01"), 3)                   # 0.05: sagm
-        plan["rank"] = cells(*at, ("random",), 20) + cells(*at, ("random",), 20, target="proxy")
+        plan["radius"] += cells(*b, ("asga-rho-0.005", "asga-rho-0.01", "asga-rho-0.1"), 3)    # 0.05: sagm
+        plan["rank"] = cells(*b, ("random",), 20) + cells(*b, ("random",), 20, target="proxy")
         budgets = ("3bit", "4bit")
         plan["policies"] += [c for net in ("resnet18", "mobilenet_v2") for budget in budgets for c in cells(net, budget, ("asga",), 1)]
         plan["gpu"] = [c for net in ("resnet18", "mobilenet_v2") for budget in budgets for c in cells(net, budget, HEADLINE, 3)] \
@@ -219,6 +224,16 @@ def known(path, plan, work):
                 and all(need in out for need in job.needs if not need.startswith("fp/")):
             out[name] = records[name]
     return out
+
+
+def take_weights(path, plan, work):
+    """Put the full-precision weights that lie beside a runs.jsonl where they would be trained: on another CPU training does not
+    repeat bit for bit, and only runs from the same weights can be compared."""
+    for name in (name for name in plan.jobs if name.startswith("fp/")):
+        source, record = Path(path).parent / name, known(path, plan, work).get(name)
+        if record and (source / "model.pt").exists() and not (work / name).exists():
+            shutil.copytree(source, work / name)
+            Path(f"{work / name}.log").write_text(f"{line(plan.jobs[name], work)}\nasga.py {record['asga.py']}\n")
 
 
 def check(jobs, work):
@@ -283,7 +298,7 @@ def main():
     parser.add_argument("--target", default=str(root / "tinyimagenet50"), help="the same; default $ASGA_DATA/tinyimagenet50")
     parser.add_argument("--work", default="runs/reproduce", help="where the runs are")
     parser.add_argument("--known", help="a runs.jsonl, such as results/reproduce/runs.jsonl: what it holds is reported as it is and not run again "
-                        "(but weights and policies where a missing run needs them)")
+                        "(but weights and policies where a missing run needs them; small weights lie beside it)")
     parser.add_argument("--out", default="results", help="where reproduce.md goes")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
@@ -298,6 +313,8 @@ def main():
         if section not in names:
             raise asga.AsgaError(f"--only {section!r}: the sections of {args.scale} are {', '.join(names)}")
     work = Path(args.work).resolve()
+    if args.known and not args.list:
+        take_weights(args.known, plan, work)
     there = known(args.known, plan, work)
     jobs = with_needs(plan.jobs, [name for section in chosen for name in names[section] if name not in there])
     if args.list:

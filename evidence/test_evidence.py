@@ -132,7 +132,8 @@ def test_every_planned_command_is_one_that_asga_understands(scale):
     for cells in reproduce.sections(scale).values():
         for cell in cells:
             plan.transfer(cell)
-    assert len({job.command for job in plan.jobs.values()}) == len(plan.jobs)                              # no run twice
+    jobs = [job for job in plan.jobs.values() if "resnet20b" not in job.name or "-uniform-" not in job.name]      # that takes no weights
+    assert len({job.command for job in jobs}) == len(jobs)                                                  # no run twice
     for job in plan.jobs.values():
         assert all(need in plan.jobs for need in job.needs)
         if job.command[0] == "asga.py":
@@ -209,6 +210,31 @@ def test_a_figure_that_leaves_the_reference_is_named_and_fails(tmp_path, monkeyp
     shown = (tmp_path / "out" / "reproduce.md").read_text()
     assert f"**outside the tolerance:** {key.format('asga')}" in shown and key.format("asga") in capsys.readouterr().out
     assert held == json.loads(report.REFERENCE.read_text())
+
+
+def test_small_weights_lie_beside_the_results_and_are_taken_from_there(tmp_path, monkeypatch):
+    for slow in ("plots", "text"):
+        monkeypatch.setattr(report, slow, lambda *args: "")
+    plan, transfers, _ = reproduce.planned("full", {"proxy": "/P", "target": "/T", "digits": "digits"})
+    here, out = tmp_path / "here", tmp_path / "out"
+    for name, size in (("fp/resnet20b-proxy", 10), ("fp/lite0-proxy", 2 ** 21)):
+        (here / name).mkdir(parents=True)
+        (here / name / "model.pt").write_bytes(bytes(size))
+        (here / name / "metrics.json").write_text('{"full_precision": {"accuracy": 50.0, "loss": 1.0}, "seconds": 1.0}')
+        (here / f"{name}.log").write_text(f"{reproduce.line(plan.jobs[name], here)}\nasga.py abc\n")
+    args = argparse.Namespace(scale="full", out=str(out), proxy="/P", target="/T", accept=False)
+    records = report.collect(here, plan, transfers)
+    report.write(records, here, plan, transfers, args)
+    assert {str(f.relative_to(out)) for f in out.rglob("*.pt")} == {"reproduce/fp/resnet20b-proxy/model.pt"}     # 14 MB are too many for git
+    there = tmp_path / "there"
+    there.mkdir()
+    reproduce.take_weights(out / "reproduce" / "runs.jsonl", plan, there)
+    reproduce.check(plan.jobs, there)
+    assert not (there / "fp" / "lite0-proxy").exists() and (there / "fp/resnet20b-proxy/model.pt").read_bytes() == bytes(10)
+    assert report.collect(there, plan, transfers) == {name: r for name, r in records.items() if "resnet20b" in name}
+    (there / "fp/resnet20b-proxy/model.pt").write_bytes(b"own")                                               # one's own are left alone
+    reproduce.take_weights(out / "reproduce" / "runs.jsonl", plan, there)
+    assert (there / "fp/resnet20b-proxy/model.pt").read_bytes() == b"own"
 
 
 def test_only_runs_from_the_same_weights_are_paired():
