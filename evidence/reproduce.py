@@ -229,9 +229,9 @@ def known(path, plan, work):
 def take_weights(path, plan, work):
     """Put the full-precision weights that lie beside a runs.jsonl where they would be trained: on another CPU training does not
     repeat bit for bit, and only runs from the same weights can be compared."""
-    for name in (name for name in plan.jobs if name.startswith("fp/")):
-        source, record = Path(path).parent / name, known(path, plan, work).get(name)
-        if record and (source / "model.pt").exists() and not (work / name).exists():
+    for name, record in known(path, plan, work).items():
+        source = Path(path).parent / name
+        if name.startswith("fp/") and (source / "model.pt").exists() and not (work / name).exists():
             shutil.copytree(source, work / name)
             Path(f"{work / name}.log").write_text(f"{line(plan.jobs[name], work)}\nasga.py {record['asga.py']}\n")
 
