@@ -2215,7 +2215,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(tmp
     whole = run(tmp_path / "whole")
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path / "parts", dies_at=12)
-    assert len((tmp_path / "parts/log.jsonl").read_text().splitlines()) == 12
+    assert len((tmp_path / "parts/log.jsonl").read_text().splitlines()) == 12 and (tmp_path / "parts/search.ckpt").exists()
     assert run(tmp_path / "parts") == whole and whole[0] == 200 and [r["step"] for r in whole[1]] == list(range(20))
 
 
