@@ -1579,8 +1579,8 @@ def build(arch, num_classes):
 def check_network(model, arch, num_classes, resolution, device, batch=0):
     """An input [1, 3, R, R] that the network takes; AsgaError where it does not, gives no [1, num_classes], or, with
     `batch`, does not take a batch of that size in training."""
-    x = torch.zeros(1, 3, resolution, resolution, device=device)
     try:
+        x = torch.zeros(1, 3, resolution, resolution, device=device)
         out = first_output(_run_eval(model, (x,)))
         if batch:
             with torch.random.fork_rng(), torch.no_grad():

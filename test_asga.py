@@ -2110,6 +2110,8 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
     refused(capsys, *base, "--fp-lr", "-1", has="fp-lr -1")
     refused(capsys, *base, "--seed", "-1", has="--seed -1")
     refused(capsys, *base, "--batch-size", "0", has="batch-size")
+    refused(capsys, *base, "--cost-resolution", "-5", has="-5x-5")
+    refused(capsys, *base, "--cost-resolution", "1000000", has="1000000x1000000")
     refused(capsys, *base, "--images", "2", has="images 2")
     refused(capsys, *base, "--classes", "3-40", has="3-40")
     refused(capsys, *base, "--classes", "0-4,9-7", has="write 7-9")
