@@ -201,7 +201,7 @@ class Quantizer(nn.Module):
         self.auto_sign, self.row = signed is None, None
         count = len(self.bits)
         self.steps = nn.Parameter(torch.full((count,), math.nan))                               # s
-        self.register_buffer("grid", torch.zeros(3, count))                                     # rows: bits, n, p
+        self.register_buffer("grid", torch.zeros(3, count, dtype=torch.int32))                  # rows: bits, n, p; exact also in .half()
         self.set_signed(signed is None or signed)
         if count == 1:
             self.register_buffer("beta", torch.tensor(float(self.bits[0])))
@@ -220,18 +220,21 @@ class Quantizer(nn.Module):
         """E[b] = Σ π_b b, 0-dim; for "interpolate" this is β itself."""
         return (torch.softmax(self.logits / self.tau, 0) * self.grid[0]).sum() if hasattr(self, "logits") else self.beta
 
+    def calibrated(self):
+        """Whether the steps are set. Asks the device until they are, not at every step."""
+        self.ready = self.ready or not self.steps.isnan().any().item()
+        return self.ready
+
     def forward(self, x):
-        if not self.enabled:
+        if not self.enabled or not x.numel():                       # nothing to round, as where an expert gets no tokens
             return x
+        if x.is_nested:                                             # what nn.TransformerEncoder makes of padded batches in eval mode
+            return torch.nested.as_nested_tensor([self(t) for t in x.unbind()])
         if self.sample is not None:                                 # calibration looks on, and changes nothing
             self.observe(x.detach())
             return x
-        if not self.ready:                                          # asks the device once, not at every step
-            if self.steps.isnan().any():
-                self.sample = []
-                self.observe(x.detach())
-                self.calibrate()
-            self.ready = True
+        if not self.calibrated():
+            self.calibrate(x)
         shared = self.row is not None and self.row.device == x.device                           # not in replicas on other devices
         return FakeQuantize.apply(x, self.row if shared else mixtures([self])[0])
 
@@ -279,6 +282,7 @@ def mixtures(quantizers):
     mixture; K' is 2 for "interpolate"."""
     first = quantizers[0]
     s = torch.stack([q.steps for q in quantizers])                                                           # [Q, K]
+    s = s.to(torch.promote_types(s.dtype, torch.float32))
     b, n, p = torch.stack([q.grid for q in quantizers], 1)                                                   # [Q, K] each
     if len(first.bits) == 1:
         pi = torch.ones_like(s)
@@ -454,11 +458,15 @@ def _attach(layer, weight_quantizer, input_quantizer):
     layer.input_quantizer = input_quantizer.to(layer.weight.device)
 
 
+@torch.no_grad()                                               # else scripted parameters are no leaves any more
 def _copy(model):
     """deepcopy, also of networks that keep a computed tensor (an activation, old weight_norm), which deepcopy refuses."""
     computed = {id(t): t.detach().clone() for m in model.modules() for t in torch.utils._pytree.tree_leaves(vars(m))
                 if torch.is_tensor(t) and t.grad_fn is not None}
-    return copy.deepcopy(model, computed)
+    copied = copy.deepcopy(model, computed)
+    for p, original in zip(copied.parameters(), model.parameters()):
+        p.requires_grad_(original.requires_grad)
+    return copied
 
 
 def _as_args(example_inputs):
@@ -531,15 +539,13 @@ def quantize(model, bits_or_policy, *, keep=8, example_inputs=None, relaxation="
 
     bits_or_policy: an int (that many bits everywhere); several ints, or {"w": ints, "a": ints}: the candidates of a
     supernet; or a Policy. keep: see edge_bits (a policy names every layer, so it is not used there). example_inputs (a
-    tensor or a tuple of arguments): calibrates all steps at once, finds the order of the layers, and leaves layers whose
+    tensor or a tuple of arguments, real data): calibrates all steps at once, finds the order of the layers, and leaves layers whose
     weight no F.conv2d or F.linear of the forward pass uses in full precision. Without it each activation quantizer calibrates
     itself on the first tensor that it sees. A supernet quantized again with a policy keeps the steps that it learned.
     BatchNorm's statistics stay those of full precision: see update_statistics. Tune with StepGuard.
     Raises AsgaError where policy and network do not fit.
     """
     found = layers_of(model)
-    if not found:
-        raise AsgaError(f"{type(model).__name__} has no Conv2d and no Linear layer: there is nothing to quantize")
     if isinstance(bits_or_policy, Policy):
         bits_or_policy.check(model, example_inputs)
         choices = bits_or_policy.choices
@@ -548,6 +554,10 @@ def quantize(model, bits_or_policy, *, keep=8, example_inputs=None, relaxation="
     else:
         reached = list(trace(model, example_inputs)) if example_inputs is not None else list(found)
         pair = bits_or_policy if isinstance(bits_or_policy, dict) else {"w": bits_or_policy, "a": bits_or_policy}
+        if set(pair) != {"w", "a"}:
+            raise AsgaError(f"bits {pair} are not understood: give an int, several, {{'w': …, 'a': …}}, or a Policy")
+        if not reached:
+            raise AsgaError(f"{type(model).__name__} uses no Conv2d and no Linear layer: there is nothing to quantize")
         kept = edge_bits(reached, keep)
         choices = {name: ((kept[name],),) * 2 if name in kept else (pair["w"], pair["a"]) for name in reached}
     net = attach_quantizers(model, choices, relaxation, tau)
@@ -591,10 +601,11 @@ class StepGuard:
     scale: one too large update of it, across zero, would silence its layer for good. Otherwise nothing changes."""
 
     def __init__(self, model):
-        self.steps = [m.steps for m in model.modules() if isinstance(m, Quantizer)]
+        self.quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
 
     @torch.no_grad()
     def __enter__(self):
+        self.steps = [q.steps for q in self.quantizers if q.calibrated()]            # the others calibrate themselves inside
         self.before = [s.clone() for s in self.steps]
 
     @torch.no_grad()
@@ -621,16 +632,32 @@ def calibrate(model, batches):
             q.sample, q.negative = None, False
 
 
+@torch.no_grad()
 def update_statistics(model, batches):
-    """Estimate BatchNorm's running statistics anew from `batches` (tensors), in training mode: rounding shifts what layers put
-    out, and at 2 or 3 bits the old statistics fit it badly (our choice). Frozen and unreached layers keep theirs."""
+    """Estimate BatchNorm's running statistics anew from `batches` (as for calibrate), in training mode: rounding shifts what
+    layers put out, and at 2 or 3 bits the old statistics fit it badly (our choice). Unreached layers keep theirs, and so do
+    frozen ones: those in eval mode where the model trains. Not torch's update_bn, which resets what frozen layers compute with.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-    before = [copy.deepcopy(m.state_dict()) for m in norms]
-    with Prepared(model):
-        torch.optim.swa_utils.update_bn(batches, model)
-    for m, state in zip(norms, before):
-        if m.num_batches_tracked == 0:
-            m.load_state_dict(state)
+    frozen = [m for m in norms if model.training and not m.training]
+    with _evaluating(model), Prepared(model):                                                 # puts the modes back
+        model.train()
+        for m in frozen:
+            m.eval()
+        before = [(m, copy.deepcopy(m.state_dict()), m.momentum) for m in norms if m.training]
+        complete = False
+        try:
+            for m, _, _ in before:
+                m.reset_running_stats()
+                m.momentum = None                                                             # the mean over all batches
+            for batch in batches:
+                model(*_as_args(batch))
+            complete = True
+        finally:
+            for m, state, momentum in before:
+                m.momentum = momentum
+                if not complete or m.num_batches_tracked == 0:
+                    m.load_state_dict(state)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -934,6 +961,8 @@ class ASGA(torch.optim.Optimizer):
             self.base = base_optimizer(groups, **base_settings)
         if isinstance(self.base, torch.optim.LBFGS):
             raise ValueError("LBFGS calls the closure itself, and would never see the combined gradient: use another base_optimizer")
+        if any(group.get("maximize") for group in self.base.param_groups):
+            raise ValueError("maximize=True: sharpness is defined for a loss that is minimized; negate the loss instead")
         super().__init__(self.base.param_groups, self.base.defaults)
         self.param_groups, self.state = self.base.param_groups, self.base.state                          # shared, not copied
         self.rho_min, self.rho_max, self.alpha = rho_min, rho_max, alpha
@@ -999,7 +1028,7 @@ class ASGA(torch.optim.Optimizer):
         return loss
 
     def _second_pass(self, closure, draws):
-        """closure() with the random draws of the first pass; whatever it does to buffers of modules is undone."""
+        """closure() with the random draws of the first pass; what it does to buffers of the modules that it calls is undone."""
         saved = {}
 
         def save(module, args):                 # with all that is inside: compiled and scripted modules call no hooks there
@@ -1018,11 +1047,12 @@ class ASGA(torch.optim.Optimizer):
             hook.remove()
             for module, buffers in saved.items():
                 for name, buffer, before in buffers:
-                    buffer.copy_(before)
+                    if 0 not in buffer.stride():                                     # expanded ones cannot be written
+                        buffer.copy_(before)
                     module._buffers[name] = buffer
 
-    def __getstate__(self):                     # torch's would keep the groups alone: copies and pickles need all
-        return dict(self.__dict__)
+    def __getstate__(self):      # torch's would keep the groups alone: copies need all, but not the `step` that a scheduler wrapped
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
 
     def state_dict(self):
         """The base optimizer's state and the radius: enough to continue identically."""
@@ -1114,9 +1144,10 @@ class Policy:
 
     def measure(self, model, example_inputs):
         """The same bits with the MACs and sizes of `model` at these inputs (another resolution, other classes), checked."""
-        sizes = trace(model, example_inputs)
+        sizes, found = trace(model, example_inputs), layers_of(model)
         self._fit(model, sizes)
-        return Policy(self.layers, {name: sizes[name] for name in self.layers if name in sizes}, self.info)
+        unreached = {name: LayerCost(0, found[name].weight.numel()) for name in self.layers if name not in sizes}
+        return Policy(self.layers, {name: {**sizes, **unreached}[name] for name in self.layers}, self.info)
 
     def check(self, model, example_inputs=None):
         """Raises AsgaError with the first layer that does not fit `model`: its name or its number of weights. The last
@@ -1260,6 +1291,8 @@ class SearchSettings:
         if self.method not in METHODS:
             raise AsgaError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         vars(self).update(METHODS[self.method])                              # recorded is what runs
+        if isinstance(self.keep, (set, frozenset)):
+            self.keep = sorted(self.keep)                                    # for JSON
         if self.steps < 1:
             raise AsgaError(f"steps {self.steps} leaves nothing to search: give at least 1")
         check_finite(self, ("rho_min", "rho_max", "alpha", "lr", "lr_beta", "momentum", "weight_decay"))
@@ -1309,10 +1342,10 @@ def plan(model, example_inputs, budget, settings):
     """
     layers = trace(model, example_inputs)
     if not layers:
-        raise AsgaError(f"{type(model).__name__} has no Conv2d and no Linear layer: there is nothing to quantize")
+        raise AsgaError(f"{type(model).__name__} uses no Conv2d and no Linear layer: there is nothing to quantize")
     left = [name for name in layers_of(model) if name not in layers]
     if left:
-        say(f"not quantized, as no F.conv2d or F.linear of a forward pass uses their weight: {', '.join(left)}")
+        say(f"not quantized, as no forward pass calls them, or not for F.conv2d or F.linear: {', '.join(left)}")
     other = [name for name, m in model.named_modules() if not isinstance(m, nn.Conv2d)
              and isinstance(m, (nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear))]
     if other:
@@ -1448,8 +1481,9 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     Raises AsgaError for settings and budgets that make no sense, before any training.
     """
     settings = SearchSettings(**settings)
+    once = AsgaError("batches can be read only once: give a list or a DataLoader, not a generator")
     if iter(batches) is batches:
-        raise AsgaError("batches can be read only once: give a list or a DataLoader, not a generator")
+        raise once
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     each = lambda change, v: torch.utils._pytree.tree_map(lambda t: change(t) if torch.is_tensor(t) else t, v)
     move = lambda v: each(lambda t: t.to(device), v)
@@ -1458,10 +1492,18 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
         raise AsgaError("batches is empty: a search needs (inputs, targets) pairs")
     if example_inputs is None:
         example_inputs = each(lambda t: t[:1] if t.dim() else t, _as_args(warm[0]))
-    budget, kept = plan(model, example_inputs, budget, settings)
+    budget, kept = plan(model, move(example_inputs), budget, settings)
     began, run = time.monotonic(), Search(model, budget, kept, settings, warm)
-    stream = itertools.chain.from_iterable(batches for _ in itertools.count())
-    for done, (x, y) in enumerate(itertools.islice(stream, settings.steps if settings.method != "uniform" else 0)):
+
+    def stream():
+        while True:
+            count = 0
+            for count, pair in enumerate(batches, 1):
+                yield pair
+            if not count:
+                raise once
+
+    for done, (x, y) in enumerate(itertools.islice(stream(), settings.steps if settings.method != "uniform" else 0)):
         record = run.step(move(x), move(y), loss_fn, done)
         if on_step:
             on_step(done, record)
@@ -1595,10 +1637,11 @@ def check_network(model, arch, num_classes, resolution, device, batch=0):
     return x
 
 
-def load_weights(model, arch, source):
+def load_weights(model, arch, source, classes=()):
     """Fill `model` from a file (a state dict, or a checkpoint of ours) or from "imagenet" (torchvision's pretrained ones).
-    A classifier head for another number of classes stays as initialized, and one line says so: then the result is True.
-    Raises AsgaError."""
+    A classifier head for another number of classes, or, where the file names its classes, for others than `classes`, stays as
+    initialized, and one line says so: then the result is True. Raises AsgaError."""
+    trained = []
     if source == "imagenet":
         if not is_torchvision(arch):
             raise AsgaError(f"--weights imagenet is for torchvision models; {arch} has none: give a file")
@@ -1607,10 +1650,12 @@ def load_weights(model, arch, source):
         state = read_checkpoint(source)
         if state.get("policy") or state.get("format") == "asga-supernet":
             raise AsgaError(f"{source} is a quantized network: give the full-precision weights that it came from")
+        trained = state.get("classes", []) if state.get("format") == "asga-model" else []
         for key in ("state", "state_dict", "model"):
             state = state[key] if isinstance(state.get(key), dict) else state
     own = model.state_dict()
-    state = {str(key).removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    prefix = "" if any(key.startswith("module.") for key in own) else "module."                     # DataParallel's
+    state = {str(key).removeprefix(prefix): value for key, value in state.items() if torch.is_tensor(value)}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in own]
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
@@ -1619,10 +1664,17 @@ def load_weights(model, arch, source):
         what = (f"it lacks {missing[0]!r}" if missing else f"it has {unknown[0]!r}, which the network lacks" if unknown else
                 f"{other[0]!r} has shape {tuple(state[other[0]].shape)}, the network {tuple(own[other[0]].shape)}")
         raise AsgaError(f"weights {source} are of another network than {arch}: {what}")
+    if not other and trained and classes and list(classes) != trained:        # as many, but others: what depends on their number
+        with torch.random.fork_rng():
+            larger = build(arch, len(classes) + 1).state_dict()
+        other = [key for key in own if larger[key].shape != own[key].shape]
     if other:
-        say(f"{source} was trained for {len(state[other[0]])} classes: the classifier ({other[0].rpartition('.')[0]}) is "
-            f"replaced by a fresh one for {len(own[other[0]])}")
-    model.load_state_dict({key: value for key, value in state.items() if key not in other}, strict=False)
+        what = f"{len(state[other[0]])} classes" + (" of other names" if len(state[other[0]]) == len(own[other[0]]) else "")
+        say(f"{source} was trained for {what}: the classifier ({other[0].rpartition('.')[0]}) is replaced by a fresh one for "
+            f"{len(own[other[0]])}")
+    with torch.no_grad():                                        # not load_state_dict: some networks ask there for what files lack
+        for key in own.keys() & state.keys() - set(other):
+            own[key].copy_(state[key])
     return bool(other)
 
 
@@ -1632,7 +1684,8 @@ def download_weights(arch):
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)
     try:
-        return models.get_model_weights(arch).DEFAULT.get_state_dict(progress=sys.stderr.isatty())
+        state = models.get_model_weights(arch).DEFAULT.get_state_dict(progress=sys.stderr.isatty())
+        return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", key): value for key, value in state.items()}   # old names
     except (OSError, RuntimeError, AttributeError) as error:
         raise AsgaError(f"cannot fetch ImageNet weights of {arch} ({error}): give --weights FILE, a state dict")
     finally:
@@ -1701,6 +1754,8 @@ class ImageSet(torch.utils.data.Dataset):
         def fit(image):
             if image.mode.startswith("I"):                        # 16-bit grey: convert() alone clips it to 255
                 image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
+            if image.mode == "F":
+                raise ValueError("floating-point pixels: what is white is not known")
             image = image.convert("RGB")
             scale = self.size / min(image.size)
             if scale != 1:
@@ -2236,7 +2291,7 @@ class Job:
         self.cost_resolution = getattr(cfg, "cost_resolution", 0) or (
             224 if is_torchvision(cfg.arch) else self.resolution)
         self.example = check_network(self.model, cfg.arch, len(self.data.classes), self.cost_resolution, self.device)
-        self.fresh_head = bool(cfg.weights) and load_weights(self.model, cfg.arch, cfg.weights)
+        self.fresh_head = bool(cfg.weights) and load_weights(self.model, cfg.arch, cfg.weights, self.data.classes)
 
     def start(self, result):
         """Make --out and its config.json."""
@@ -2344,6 +2399,8 @@ def cmd_search(cfg):
         if not cifar10_reachable(cfg.data_root):
             cfg.data = "digits"
             say(f"cifar10 is not in {cfg.data_root} and its server does not answer: falling back to digits (--data DIR)")
+    if cfg.random_weights and cfg.weights:
+        raise AsgaError(f"--random-weights with --weights {cfg.weights}: give one of them")
     job = Job(cfg, "search")
     budget, kept = plan(job.model, job.example, cfg.budget, cfg)
     job.start("policy.json")

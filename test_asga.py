@@ -184,6 +184,16 @@ def test_beta_on_a_candidate_is_that_candidate_alone(k):
     with torch.no_grad():
         q.beta.add_(100 if k == 3 else 0)                     # a perturbation may carry β beyond the range: it saturates
     assert torch.equal(q(x), q.select(bits[k])(x))
+def test_gradients_beyond_the_last_candidate_and_below_the_least_step():
+    """Where a perturbation carries β or a step out of its range, the gradient goes on as at the border."""
+    for beta, lo, hi in ((8.5, 4, 8), (1.5, 2, 4)):
+        q, x = quantizer((2, 4, 8), True, torch.tensor([0.9, 0.3, 0.05]), torch.float32), torch.randn(50)
+        q.beta.data.fill_(beta)
+        q(x).sum().backward()
+        torch.testing.assert_close(q.beta.grad, (q.select(hi)(x).sum() - q.select(lo)(x).sum()) / (hi - lo))
+    q, x = quantizer(4, True, -0.1, torch.float32), torch.randn(20)
+    q(x).backward(x.sign())
+    assert q.steps.grad > 0
 
 
 def test_a_step_at_or_below_zero_gives_no_nan():
@@ -295,7 +305,8 @@ def test_impossible_bits_are_refused(bits):
 
 
 @pytest.mark.parametrize("make", [lambda: [torch.randn(3000) * 10, torch.rand(3000)], lambda: [torch.rand(3000) * 10, torch.rand(3000)],
-                                  lambda: [torch.cat([torch.rand(70_000) * 1e-3, torch.rand(70_000)])]])
+                                  lambda: [torch.cat([torch.rand(70_000) * 1e-3, torch.rand(70_000)])],
+                                  lambda: [torch.cat([torch.rand(10_000) * 1e-3, torch.rand(10_000)])]])
 def test_calibration_counts_all_that_it_was_shown(make):
     batches = make()
     q, draws = Quantizer(8), torch.get_rng_state()
@@ -322,6 +333,21 @@ def test_calibration_of_half_precision_infinities_and_one_bit():
     for q, x in ((Quantizer(4), torch.tensor([1.0, math.inf])), (Quantizer(1, True), torch.rand(100) + 0.1)):
         q.calibrate(x)
         assert q.steps.isfinite() and q.steps > 0
+def test_half_networks_keep_integer_bounds_and_a_step_of_zero_harmless():
+    for bits, signed, dtype in ((10, True, torch.bfloat16), (12, False, torch.float16), (16, False, torch.float16)):
+        q, x = quantizer(bits, signed, 1.0, dtype), torch.tensor([5.0, 600.0, 4200.0, -600.0, 65504.0]).to(dtype)
+        assert torch.equal(q(x), x.float().clamp(*levels(bits, signed)).to(dtype))
+    q = quantizer(4, True, 0.0, torch.float16)
+    assert q(torch.tensor([0.0, 1.0], dtype=torch.float16)).tolist() == [0, 0]
+
+
+def test_nothing_to_round_is_left_alone():
+    """An expert that gets no tokens, regions of which there are none."""
+    q, fresh, empty = quantizer(4, True, 0.1, torch.float32), Quantizer(4), torch.zeros(0, 4, requires_grad=True)
+    (q(empty).sum() + fresh(empty).sum()).backward()
+    assert q.steps.grad is None and fresh.steps.isnan().all()
+    asga.calibrate(nn.Sequential(fresh), [empty, torch.rand(50)])
+    assert fresh.steps.isfinite().all()
 
 
 def test_candidates_in_any_order_and_one_of_them_selected():
@@ -334,6 +360,14 @@ def test_candidates_in_any_order_and_one_of_them_selected():
         with torch.no_grad():
             q.beta.fill_(bits)
         torch.testing.assert_close(q(x), expected)
+    q.enabled, before = False, q.steps.detach().clone()
+    chosen = q.select(4)
+    chosen.steps.data.fill_(9.0)
+    assert not chosen.enabled and torch.equal(q.steps, before)
+    chosen.calibrate(torch.randn(50))                                                 # its sign was calibration's to decide
+    assert chosen.grid[1] < 0
+    with pytest.raises(AsgaError, match="was not among"):
+        q.select(3)
 
 
 # ----------------------------------------------------------------------------------------------------------- supernet
@@ -477,9 +511,14 @@ def test_what_cannot_be_quantized_says_so(capsys):
     assert list(asga.quantized_layers(quantize(model, 2, keep=None, example_inputs=x))) == ["0", "4"]
     assert list(search(model, [(x, torch.arange(4))], F.cross_entropy, "4bit", steps=1).layers) == ["0", "4"]
     told = capsys.readouterr().err
-    assert "uses their weight: 3\n" in told and "outside the budget, as they are no Conv2d and no Linear: 1\n" in told
+    assert "or not for F.conv2d or F.linear: 3\n" in told and "outside the budget, as they are no Conv2d and no Linear: 1\n" in told
     with pytest.raises(AsgaError, match="lazy"):
         quantize(nn.Sequential(nn.LazyConv2d(4, 3)), 2)
+    with pytest.raises(AsgaError, match="nothing to quantize"):
+        quantize(nn.Sequential(ByHand(4, 3)), 4, example_inputs=torch.randn(2, 4))
+    for bits in ({"w": 4}, {"0": (4, 4)}):
+        with pytest.raises(AsgaError, match="not understood"):
+            quantize(model, bits)
 
 
 def test_half_precision_keeps_its_step_gradients():
@@ -508,6 +547,24 @@ def test_transformer_layers_are_quantized_in_evaluation_too():
     with torch.no_grad():
         assert not torch.equal(net(x), model(x))
     assert calls == names
+def test_padded_batches_of_a_transformer():
+    """In eval mode nn.TransformerEncoder packs them into nested tensors."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x, mask):
+            return self.head(self.encoder(x, src_key_padding_mask=mask))
+
+    model, inputs = Net().eval(), (torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2]))
+    net = quantize(model, 8, example_inputs=inputs)
+    with torch.no_grad():
+        exact, rounded = model(*inputs), net(*inputs)
+        assert 0 < (rounded - exact)[0].abs().max() < 0.1 and (rounded - exact)[1, :3].abs().max() < 0.1
+        asga.set_quantizers(net, False)
+        assert torch.equal(net(*inputs), exact)
 
 
 def test_edge_layers_keep_and_unreached_layers():
@@ -522,6 +579,35 @@ def test_edge_layers_keep_and_unreached_layers():
         quantize(nn.ReLU(), 4)
     with pytest.raises(AsgaError, match="conv9"):
         quantize(Handmade(), 4, keep=["conv9"])
+    model = nn.Linear(4, 3)
+    model.weight.data.abs_()                                 # weights are signed, whatever they are
+    net = quantize(model, (2, 4), keep=None, example_inputs=torch.randn(2, 4), relaxation="softmax", tau=0.3)
+    assert net.input_quantizer.relaxation == "softmax" and net.weight_quantizer.tau == 0.3 and net.weight_quantizer.grid[1, 1] == -8
+    assert search(Handmade(), toy_batches(), F.cross_entropy, "4bit", steps=1, keep={"again"}).info["search"]["settings"]["keep"] == ["again"]
+
+
+def test_layers_that_name_their_arguments_and_quantizers_switched_on_again():
+    class ByName(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, weight=self.weight, bias=self.bias, stride=self.stride, padding=self.padding)
+
+    model, x = nn.Sequential(ByName(3, 4, 3, stride=2, padding=1)), torch.randn(2, 3, 9, 9)
+    net = quantize(model, 2, keep=None, example_inputs=x)
+    calibrated = net(x)
+    asga.set_quantizers(net, False)
+    assert torch.equal(net(x), model(x)) and not torch.equal(calibrated, model(x))
+    asga.set_quantizers(net, True)
+    assert torch.equal(net(x), calibrated)
+    linear, x = quantize(nn.Linear(4, 3), 2, keep=None), torch.randn(2, 4)
+    assert torch.equal(linear(input=x), linear(x))
+
+
+def test_scripted_parts_are_copied_as_they_are():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), nn.Flatten(), nn.Linear(144, 5))
+    net = quantize(model, 4, keep=None)
+    assert all(p.is_leaf and p.requires_grad for p in net.parameters()) and list(asga.quantized_layers(net)) == ["2"]
+    batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 5)]
+    assert list(search(model, batches, F.cross_entropy, "4bit", steps=2, keep=None).layers) == ["2"]
 
 
 def test_eval_changes_nothing_and_modes_survive():
@@ -561,6 +647,19 @@ def test_statistics_of_a_quantized_network_are_estimated_anew():
     torch.testing.assert_close(net.bn.running_var, torch.stack([o.var((0, 2, 3)) for o in outs]).mean(0))
     assert net.frozen.running_mean.eq(7).all() and net.idle.running_mean.eq(7).all()
     assert not net.training and net.bn.momentum == 0.1
+    net.train()
+    net.bn.eval()                                            # frozen too: what follows is computed with its own statistics
+    net.bn.running_mean.fill_(3)
+    net.idle = nn.Identity()
+    net.frozen = nn.BatchNorm2d(4)
+    asga.update_statistics(net, batches)
+    assert net.bn.running_mean.eq(3).all() and not net.bn.training and net.training and net.frozen.training
+    outs = [F.batch_norm(o, net.bn.running_mean, net.bn.running_var, net.bn.weight, net.bn.bias) for o in outs]
+    torch.testing.assert_close(net.frozen.running_mean, torch.stack([o.mean((0, 2, 3)) for o in outs]).mean(0))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError):
+        asga.update_statistics(net, [batches[0] + 1, torch.randn(2, 5, 8, 8)])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net.frozen.momentum == 0.1 and net.training
 
 
 def test_without_example_inputs_the_first_batch_calibrates():
@@ -630,6 +729,7 @@ def test_calibration_records_no_graph_leaves_unreached_layers_and_ends_when_a_ba
     hook.remove()
     with pytest.raises(RuntimeError):
         asga.calibrate(net, [torch.randn(2, 3, 24, 24), torch.randn(2, 5, 24, 24)])
+    assert net.training
     x = torch.randn(2, 3, 24, 24)
     assert not torch.equal(net.eval()(x), model.eval()(x))                             # its quantizers do not just look on
 
@@ -836,6 +936,27 @@ def test_batchnorm_statistics_move_exactly_once_a_step():
     before = copy.deepcopy(dict(net.named_buffers()))
     optimizer.step(closure_of(optimizer, lambda: F.cross_entropy(net(x), y)))
     assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
+    bn, calls = nn.BatchNorm1d(3), itertools.count()
+    optimizer = ASGA(bn.parameters(), torch.optim.SGD, lr=0.1, rho_min=0.1, rho_max=0.1, alpha=0.0)
+
+    def closure():
+        loss = bn(torch.randn(4, 3)).square().sum()
+        if next(calls):
+            raise RuntimeError("after the second forward pass")
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="after"):
+        optimizer.step(closure)
+    assert bn.num_batches_tracked == 1
+
+
+def test_buffers_that_are_empty_or_cannot_be_written():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4))
+    net.register_buffer("mask", torch.ones(1, 1, 4, 4).tril().expand(2, 4, 4, 4))
+    optimizer = ASGA(net.parameters(), torch.optim.SGD, lr=0.1, rho_min=0.1, rho_max=0.1, alpha=0.0)
+    optimizer.step(closure_of(optimizer, lambda: (net(torch.randn(2, 3, 6, 6)) * net.mask).sum()))
+    assert optimizer.last["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("wrap", [torch.jit.script, lambda m: torch.compile(m, backend="eager")])
@@ -928,6 +1049,49 @@ def test_schedulers_new_groups_and_bad_arguments():
         ASGA([a], torch.optim.LBFGS, rho_min=0, rho_max=0.1, alpha=0)
     with pytest.raises(ValueError, match="returned nothing"):
         optimizer.step(lambda: None)
+    make = lambda p, **kw: ASGA(p, torch.optim.SGD, **{**dict(lr=0.1, rho_min=0, rho_max=0.1, alpha=0), **kw})
+    for kw, word in (({"direction": "meen"}, "direction"), ({"rho_max": math.inf}, "rho"), ({"maximize": True}, "maximize")):
+        with pytest.raises(ValueError, match=word):
+            make([a], **kw)
+
+
+def test_closures_that_clear_in_place_return_floats_or_move_nothing():
+    make = lambda p, **kw: ASGA(p, torch.optim.SGD, **{**dict(lr=0.5, rho_min=0.1, rho_max=0.1, alpha=0), **kw})
+    w = nn.Parameter(torch.tensor([2.0]))
+    optimizer = make([w])
+
+    def closure():
+        optimizer.zero_grad(set_to_none=False)
+        loss = (w ** 2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 4 and w.item() == pytest.approx(2 - 0.5 * (4 + 4.2) / 2)
+    w.data.fill_(2.0)
+    optimizer.step(lambda: closure().item())
+    assert optimizer.last["gap"].item() == pytest.approx(0.41, abs=1e-5)
+    w.data.fill_(2.0)
+    optimizer = make([{"params": w, "perturb": False}])
+    assert optimizer.param_groups[0]["params"][0] is w
+    optimizer.step(closure)
+    assert w.item() == 0
+
+
+def test_a_guarded_loop_calibrates_by_itself():
+    net, x = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)), 4), torch.randn(8, 3, 8, 8)
+    optimizer = ASGA(net.parameters(), torch.optim.SGD, lr=0.01, rho_min=0.01, rho_max=0.05, alpha=0.001)
+    guard = asga.StepGuard(net)
+    for _ in range(2):
+        with guard:
+            optimizer.step(closure_of(optimizer, lambda: F.cross_entropy(net(x), torch.arange(8) % 5)))
+    assert net(x).isfinite().all()
+    with guard, torch.no_grad():
+        net[0].input_quantizer.steps.mul_(-5), net[0].weight_quantizer.steps.mul_(5)
+    with pytest.raises(AssertionError), guard, torch.no_grad():
+        before = net[0].weight_quantizer.steps.item()
+        net[0].weight_quantizer.steps.mul_(5)
+        raise AssertionError
+    assert net[0].weight_quantizer.steps.item() == pytest.approx(2 * before) and net[0].input_quantizer.steps.item() > 0
 
 
 def test_a_copy_of_net_and_optimizer_continues_identically():
@@ -938,6 +1102,7 @@ def test_a_copy_of_net_and_optimizer_continues_identically():
         torch.manual_seed(1)
         optimizer.step(closure_of(optimizer, lambda: F.cross_entropy(net(x), y)))
 
+    torch.optim.lr_scheduler.StepLR(both[0][1], 100)         # which wraps step() of this very optimizer
     step(*both[0])
     both += [copy.deepcopy(both[0]), pickle.loads(pickle.dumps(both[0]))]
     for pair in both:
@@ -985,6 +1150,11 @@ def test_the_projection_divides_by_the_whole_gradient_also_of_what_is_not_moved(
     optimizer = ASGA([a, b], still, rho_min=4.0, rho_max=4.0, alpha=0.0)
     optimizer.step(closure_of(optimizer, lambda: a + b))
     assert optimizer.last["grad_norm"] == 1
+    a, b = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(0.0))
+    optimizer = ASGA([{"params": [a]}, {"params": [b], "perturb": False}], torch.optim.SGD, lr=1.0, rho_min=4.0, rho_max=4.0, alpha=0.0, project=False)
+    optimizer.step(closure_of(optimizer, lambda: b - a ** 2 / 2))
+    assert a.item() == pytest.approx(1 - (-1 + 3) / 2) and b.item() == -1 and not optimizer.last["projected"]
+    assert optimizer.last["cos"].item() == pytest.approx(-2 / math.sqrt(2 * 10))
 
 
 def test_a_loaded_optimizer_follows_its_groups():
@@ -1117,6 +1287,10 @@ def test_budget_units():
     for infeasible in ("1bit", "1K", "0.2KB", "0.001x"):
         with pytest.raises(AsgaError, match="takes .* to "):
             make_budget(infeasible)
+    with pytest.raises(AsgaError, match="twice"):
+        make_budget("3bit,20K")
+    assert torch.equal(make_budget("2bit").uniform(), make_budget("2bit").lo)                # the cheapest there is
+    assert [asga.human(v) for v in (999, 1e3, 7.2e9, 1234567, 2e12)] == ["999", "1K", "7.2G", "1.235M", "2T"]
 
 
 @given(st.floats(2.01, 7.9), st.integers(0, 10 ** 6), st.booleans())
@@ -1140,8 +1314,9 @@ def test_projection_meets_the_budget_within_the_range(b, seed, both):
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-4, atol=1e-12)
 
 
-def test_a_budget_above_the_dearest_policy_is_met_by_it_and_uniform_start_spends_all():
+def test_a_budget_above_the_dearest_policy_is_met_by_it_and_uniform_start_spends_all(capsys):
     rich = make_budget("900G")
+    assert "dearest" in capsys.readouterr().err
     assert torch.equal(rich.project(torch.full((2, 4), 3.0)), rich.hi)
     for spec in ("2.4bit", "3bit", "5.5bit"):
         start = make_budget(spec).uniform()
@@ -1291,6 +1466,18 @@ def test_knapsack_of_twelve_layers_equals_dynamic_programming(seed):
     spent = sum(int(c[i]) for c, i in zip(costs, picks))
     assert fill * limit <= spent <= limit
     assert sum(float(v[i]) for v, i in zip(values, picks)) == pytest.approx(best[math.ceil(fill * limit):].min().item(), abs=1e-9)
+@pytest.mark.parametrize("seed", [3, 5])
+def test_knapsack_within_two_bounds_where_the_fill_binds(seed):
+    g = torch.Generator().manual_seed(seed)
+    costs = [torch.randint(1, 10 ** 6, (8, 2), generator=g) for _ in range(6)]
+    values = [c.double().sum(1) / 1e6 + torch.rand(8, generator=g).double() * 0.5 for c in costs]     # what is dear is bad
+    limits = [int(sum(c[:, k].double().mean() for c in costs) * 1.1) for k in range(2)]
+    total, cost = torch.zeros(1).double(), torch.zeros(1, 2).long()
+    for v, c in zip(values, costs):
+        total, cost = (total[:, None] + v).flatten(), (cost[:, None] + c).flatten(0, 1)
+    allowed = (cost <= torch.tensor(limits)).all(1) & ((cost.double() / torch.tensor(limits)).amax(1) >= 0.99)
+    picks = asga.knapsack(values, costs, limits, 0.99)
+    assert sum(float(v[i]) for v, i in zip(values, picks)) == pytest.approx(total[allowed].min().item(), abs=1e-9)
 
 
 # -------------------------------------------------------------------------------------------------------------- policy
@@ -1303,8 +1490,10 @@ def handmade_policy():
 
 def test_policy_round_trip(tmp_path):
     model, x, policy = handmade_policy()
+    policy.info.update(candidates={"w": [2], "a": [3]}, proxy={"data": "d"}, search={"seed": 4}, versions={"asga": "0.0"})
     policy.save(tmp_path / "p.json")
     again = Policy.load(tmp_path / "p.json")
+    assert again.to_json() == policy.to_json() == again.measure(model, x).to_json() and again.to_json()["versions"] == {"asga": "0.0"}
     assert again.layers == policy.layers and again.bops == policy.bops and again.to_json() == policy.to_json()
     data = json.loads((tmp_path / "p.json").read_text())
     assert list(data) == ["format", "version", "arch", "layers", "cost", "budget", "candidates", "proxy", "search", "versions"]
@@ -1316,6 +1505,8 @@ def test_policy_round_trip(tmp_path):
     assert again.measure(other, x).sizes["head"].numel == 24 * 11
     net = quantize(model, again, example_inputs=x)
     assert {n: (*l.weight_quantizer.bits, *l.input_quantizer.bits) for n, l in asga.quantized_layers(net).items()} == policy.layers
+    spare = Policy({**policy.layers, "unused": (4, 4)}).measure(model, x)                  # no forward pass calls it
+    assert spare.sizes["unused"] == (0, model.unused.weight.numel()) and spare.bops == policy.bops
 
 
 def test_each_way_a_policy_file_can_be_wrong_has_its_own_message(tmp_path):
@@ -1492,6 +1683,43 @@ def test_search_is_deterministic_and_refuses_nonsense():
         search(Handmade(), iter(toy_batches()), F.cross_entropy, "3bit")
     with pytest.raises(AsgaError, match="empty"):
         search(Handmade(), [], F.cross_entropy, "3bit")
+class Spent(torch.utils.data.IterableDataset):
+    """Gives its items once, however often it is asked for them."""
+
+    def __init__(self, items):
+        self.rest = iter(items)
+
+    def __iter__(self):
+        return self.rest
+
+
+def test_batches_that_run_dry_and_example_inputs_elsewhere():
+    loader = torch.utils.data.DataLoader(Spent(toy_batches()), batch_size=None)
+    with pytest.raises(AsgaError, match="once"):
+        search(Handmade(), loader, F.cross_entropy, "3bit", steps=20)
+
+
+class Experts(nn.Module):
+    """The second one gets no tokens before the fifth batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.stem(x).relu()
+        one = x[:, 0] < 0
+        out = torch.zeros_like(h)
+        out[one], out[~one] = self.one(h[one]), self.two(h[~one])
+        return self.head(out)
+
+
+def test_a_layer_that_sees_its_first_values_amid_the_search():
+    first = [(torch.cat([-torch.rand(8, 1) - 0.1, torch.randn(8, 3)], 1), torch.arange(8) % 3) for _ in range(4)]
+    x = torch.randn(8, 4)
+    losses, batches = [], [*first, (x, torch.arange(8) % 3)]
+    search(Experts(), batches, F.cross_entropy, "4bit", steps=10, example_inputs=x, on_step=lambda k, r: losses.append(r["loss"].item()))
+    assert all(map(math.isfinite, losses))
 
 
 class Many(Handmade):
@@ -1540,6 +1768,19 @@ def test_defaults_are_the_documented_ones():
         rho_min=0.005, rho_max=0.05, alpha=0.001, adaptive=True, project=True, direction="mean", lr=0.01, lr_beta=4.0, momentum=0.9,
         weight_decay=1e-4, precision="float32", recompute=False)
     assert asga.edge_bits(["a", "b", "c"], ["b"]) == {"b": 8} and asga.edge_bits(["a", "b", "c"], 6) == {"a": 6, "c": 6}
+    common = dict(data="", data_root="data", classes="", device="auto", compile=True)
+    training = dict(common, arch="resnet20", weights="", resolution=0, images=1.0, augment="auto", batch_size=128, seed=0, out="", precision="float32")
+    full = dict(training, fp_epochs=20, fp_lr=0.1)
+    assert vars(asga.TrainConfig()) == dict(training, epochs=20, lr=0.1)
+    assert vars(asga.TransferConfig()) == dict(full, policy="", arch="", cost_resolution=0, epochs=5, lr=0.01, weight_decay=1e-4, recompute=False)
+    assert vars(asga.SearchConfig()) == dict(full, **vars(asga.SearchSettings()), budget="3bit", cost_resolution=0, random_weights=False)
+    assert vars(asga.EvalConfig()) == dict(common, compile=False, model="")
+def test_the_log_has_weights_first_and_then_activations():
+    run = started(candidates_w=(2, 8), candidates_a=(3, 5, 8), steps=4)
+    record = run.step(torch.randn(8, 3, 24, 24), torch.arange(8) % 7, F.cross_entropy, 0)
+    layer = run.net.again
+    k = run.budget.names.index("again")
+    assert record["bits"][:, k].tolist() == pytest.approx([layer.weight_quantizer.beta.item(), layer.input_quantizer.beta.item()], abs=6e-4)
 
 
 @pytest.mark.parametrize("method,rho_min,rho_max,alpha,adaptive,project,direction", [
@@ -1670,7 +1911,9 @@ def supernets():
         net(x)
         yield net, x
     net = quantize(Handmade(), (2, 4, 8), example_inputs=x)   # quantizers of several kinds in one network
-    net.again.weight_quantizer = Quantizer((2, 4, 8), True, "softmax", tau=0.3)
+    net.again.weight_quantizer, net.grouped.weight_quantizer = (Quantizer((2, 4, 8), True, "softmax", tau=tau) for tau in (0.3, 1.0))
+    with torch.no_grad():
+        net.again.weight_quantizer.logits.copy_(torch.tensor([0.0, 0.4, 1.0]))
     net(x)
     yield net, x
     net = quantize(Handmade(), (2, 3, 5, 8), example_inputs=x)
@@ -1732,8 +1975,11 @@ def test_prepared_mixtures_follow_every_change_and_leave_no_trace():
     with prepared:
         assert torch.equal(changed, net(x))
         assert all(m.row is None for m in copy.deepcopy(net).modules() if isinstance(m, Quantizer))
+    net.zero_grad()
     with pytest.raises(ZeroDivisionError), prepared:
+        net(x).sum().backward()
         1 / 0
+    assert all(q.steps.grad is None for q in prepared.quantizers)
     assert all(q.row is None for q in prepared.quantizers)
     copy.deepcopy(net)
     fresh = quantize(Handmade(), (2, 4))                      # not calibrated yet: does so by itself, inside as outside
@@ -1802,6 +2048,21 @@ def test_a_layer_that_a_pass_leaves_out_gets_no_gradient():
     net.skip = False
     outcome(net, x, prepared=asga.Prepared(net))
     assert all(p.grad is not None for p in net.parameters())
+def test_frozen_steps_and_recomputing_with_quantizers_off():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), torch.randn(2, 3, 8, 8)
+    net = quantize(model, 4, example_inputs=x)
+    net(x)
+    for q in (m for m in net.modules() if isinstance(m, Quantizer)):
+        q.steps.requires_grad_(False)
+    with asga.Prepared(net):
+        net(x).sum().backward()
+    assert net[0].weight.grad.abs().sum() > 0 and net[0].weight_quantizer.steps.grad is None
+    asga.set_training(net, True)
+    asga.set_quantizers(net, False)
+    net.zero_grad()
+    net(x).sum().backward()
+    model(x).sum().backward()
+    assert all(torch.equal(p.grad, net.get_parameter(name).grad) for name, p in model.named_parameters())
 
 
 @pytest.mark.skipif(not compilers(), reason="no C++ compiler")
@@ -1952,6 +2213,8 @@ def test_digits_are_split_stratified_and_augmentation_moves_pixels():
     for bad in ("3-", "a", "0-10", "1,1", "2"):
         with pytest.raises(AsgaError):
             asga.load_data("digits", "data", bad)
+    mask = asga.stratified(torch.tensor([0] * 40 + [1]), 0.1)
+    assert mask[:40].sum() == 4 and mask[40] and not mask[:4].all()           # at least one of each, not the first ones
 
 
 def test_grey_pictures_of_16_bits_keep_their_range(tmp_path):
@@ -1961,6 +2224,9 @@ def test_grey_pictures_of_16_bits_keep_their_range(tmp_path):
     Image.frombytes("L", (16, 16), ramp.to(torch.uint8).numpy().tobytes()).save(tmp_path / "plain.png")
     wide, plain = (asga.ImageSet([tmp_path / f"{name}.png"], [0], 16).decode(0) for name in ("wide", "plain"))
     assert (wide.int() - plain.int()).abs().max() <= 1 and wide.float().std() > 50
+    Image.frombytes("F", (16, 16), (ramp / 255).numpy().astype("<f4").tobytes()).save(tmp_path / "real.tiff")
+    with pytest.raises(AsgaError, match="real.tiff.*floating-point"):
+        asga.ImageSet([tmp_path / "real.tiff"], [0], 16).decode(0)
 
 
 def test_what_a_step_sees_depends_on_seed_and_step_alone():
@@ -2117,6 +2383,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
     refused(capsys, *base, "--classes", "0-4,9-7", has="write 7-9")
     refused(capsys, *base, "--arch", "nofile.py:make", has="nofile.py")
     refused(capsys, *base, "--weights", "none.pt", has="none.pt")
+    refused(capsys, *base, "--weights", "none.pt", "--random-weights", has="one of them")
     refused(capsys, *base, "--frobnicate", has="frobnicate")
     refused(capsys, "fly", has="fly")
     if not torch.cuda.is_available():
@@ -2226,6 +2493,50 @@ def test_weights_of_parallel_training_and_nested_checkpoints_are_read(tmp_path):
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pt")
     assert not asga.load_weights(target, "resnet20", tmp_path / "w.pt")
     assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())
+    wrapped = nn.Sequential()
+    wrapped.module = nn.Linear(3, 2)                          # a name of its own, no trace of DataParallel
+    torch.save(wrapped.state_dict(), tmp_path / "own.pt")
+    assert not asga.load_weights(wrapped, "resnet20", tmp_path / "own.pt")
+    torch.save({"format": "asga-model", "classes": list("abcdefghij"), "state": source.state_dict()}, tmp_path / "ours.pt")
+    target, draws = asga.ResNet20(10), torch.get_rng_state()
+    head = target.fc.weight.clone()
+    assert asga.load_weights(target, "resnet20", tmp_path / "ours.pt", list("bcdefghijk"))      # as many classes, but others
+    assert torch.equal(target.fc.weight, head) and torch.equal(target.conv1.weight, source.conv1.weight)
+    assert not asga.load_weights(target, "resnet20", tmp_path / "ours.pt", list("abcdefghij"))
+    assert torch.equal(target.fc.weight, source.fc.weight) and torch.equal(torch.get_rng_state(), draws)
+    if torchvision:
+        source, target = (asga.build("mnasnet0_5", 10) for _ in range(2))                       # asks its state dict for a version
+        torch.save(source.state_dict(), tmp_path / "mnasnet.pt")
+        assert not asga.load_weights(target, "mnasnet0_5", tmp_path / "mnasnet.pt")
+        assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+def test_weights_that_do_not_fit_or_run_code_are_refused(tmp_path, monkeypatch):
+    class Mark:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    make = lambda middle=8, features=8, classes=5: nn.Sequential(nn.Linear(4, middle), nn.Linear(features, classes))
+    for content in ({**make().state_dict(), "2.weight": torch.ones(1)}, make(middle=6, features=6).state_dict(), make(features=9).state_dict()):
+        torch.save(content, tmp_path / "w.pt")
+        with pytest.raises(AsgaError, match="another network"):
+            asga.load_weights(make(), "x.py:make", tmp_path / "w.pt")
+    torch.save({"a": Mark()}, tmp_path / "w.pt")
+    with pytest.raises(AsgaError, match="plain tensors"):
+        asga.read_checkpoint(tmp_path / "w.pt")
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr(asga, "download_weights", lambda arch: make(classes=1000).state_dict())
+    model = make()
+    assert asga.load_weights(model, "resnet18", "imagenet") is True
+    with pytest.raises(AsgaError, match="for torchvision"):
+        asga.load_weights(model, "resnet20", "imagenet")
+@needs_torchvision
+def test_names_in_the_old_files_of_densenets(monkeypatch):
+    own = asga.build("densenet121", 1000).state_dict()
+    old = {re.sub(r"(denselayer\d+\.(norm|conv))(\d)", r"\1.\3", key): value for key, value in own.items()}
+    weights = type("Enum", (), {"DEFAULT": type("Weights", (), {"get_state_dict": staticmethod(lambda progress: old)})})
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: weights)
+    assert old.keys() != own.keys() and asga.download_weights("densenet121").keys() == own.keys()
 
 
 def test_the_shortcuts_of_resnet20():
@@ -2237,6 +2548,11 @@ def test_the_shortcuts_of_resnet20():
     out = net.layer2(x)
     torch.testing.assert_close(out[:, 8:24], x[:, :, ::2, ::2])
     assert out.shape == (2, 32, 4, 4) and not out[:, :8].any() and not out[:, 24:].any()
+    net, x = asga.ResNet20().eval(), torch.rand(2, 16, 8, 8) - 0.5
+    assert sum(c.macs for c in asga.trace(net, torch.zeros(1, 3, 32, 32)).values()) == 40_551_040
+    block = net.layer1[1]
+    inner = F.relu(F.conv2d(x, block.conv1.weight, padding=1) / math.sqrt(1 + 1e-5))
+    torch.testing.assert_close(block(x), F.relu(F.conv2d(inner, block.conv2.weight, padding=1) / math.sqrt(1 + 1e-5) + x))
 
 
 def test_uniform_between_whole_bits_draws_the_layers():
@@ -2392,6 +2708,162 @@ print(asga.main(["search", "--arch", "resnet18", "--data", "digits", "--out", "x
     assert "torchvision" in done.stderr and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
+def test_the_time_left_is_that_of_the_present_rate(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(asga.time, "monotonic", lambda: clock[0])
+    progress = asga.Progress("search", 50, done=10)
+    clock[0] = 100.0
+    progress.show(30, loss="1.5")                                             # 20 in 100 s, 20 are left
+    assert "search 30/50  loss 1.5  ETA 1:40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_present_step_and_a_second_one_ends_at_once(signum, tmp_path):
+    before = signal.signal(signum, ours := lambda *_: pytest.fail("not handled"))
+    try:
+        def go(times):
+            def step(x, y, done):
+                for _ in range(times if done == 2 else 0):
+                    signal.raise_signal(signum)
+                return {"loss": 1.0}
+            asga.Run(tmp_path / str(times), "search", asga.SearchConfig(), "policy.json").loop(
+                "search", 9, lambda start: ((k, k) for k in itertools.count(start)), step, {}, lambda record: {})
+
+        with pytest.raises(asga.Stopped):
+            go(1)
+        assert torch.load(tmp_path / "1/search.ckpt")["step"] == len((tmp_path / "1/log.jsonl").read_text().splitlines()) == 3
+        with pytest.raises(KeyboardInterrupt):
+            go(2)
+        assert signal.getsignal(signum) is ours
+    finally:
+        signal.signal(signum, before)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_policy(tmp_path, monkeypatch):
+    _, _, policy = handmade_policy()
+    policy.save(tmp_path / "p.json")
+    save = torch.save
+
+    def cut(state, path):
+        Path(path).write_bytes(b"PK half a file")
+        raise RuntimeError("no space left")
+
+    def step(x, y, done):
+        if done == 3:
+            clock[0] += 100
+        if done == 5:
+            clock[0] += 100
+            monkeypatch.setattr(asga.torch, "save", cut)
+        return {"loss": 1.0}
+
+    clock = [0.0]
+    monkeypatch.setattr(asga.time, "monotonic", lambda: clock[0])
+    with pytest.raises(AsgaError, match="cannot write"):
+        asga.Run(tmp_path, "search", asga.SearchConfig(), "policy.json").loop(
+            "search", 9, lambda start: ((k, k) for k in itertools.count(start)), step, {}, lambda record: {})
+    assert torch.load(tmp_path / "search.ckpt")["step"] == 4
+    monkeypatch.setattr(asga.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(AsgaError, match="No space"):
+        Policy({"a": (2, 2)}, {"a": asga.LayerCost(1, 1)}).save(tmp_path / "p.json")
+    assert Policy.load(tmp_path / "p.json").layers == policy.layers
+
+
+TINY = ("import width\nfrom torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Conv2d(3, width.w, 3, 2), nn.ReLU(), "
+        "nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/width.py").write_text("w = 8\n")
+    (tmp_path / "code/mine.py").write_text(TINY)
+    sys.modules.pop("width", None)
+    yield f"{tmp_path}/code/mine.py:net"
+    sys.modules.pop("width", None)
+
+
+def test_tuning_has_its_schedule_decay_and_guard(tiny, tmp_path, monkeypatch):
+    job = asga.Job(asga.TransferConfig(data="digits", classes="0,1", images=0.2, batch_size=16, device="cpu", compile=False, arch=tiny, out=str(tmp_path / "o")), "transfer")
+    job.start("metrics.json")
+    net, seen = quantize(job.model, 4, example_inputs=job.example), []
+    steps = [q.steps for q in net.modules() if isinstance(q, Quantizer)]
+
+    class Spy(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            seen.append([(g["lr"], g["momentum"], g["nesterov"], g["weight_decay"]) for g in self.param_groups])
+            super().step()
+            torch._foreach_copy_(steps, [torch.full_like(s, -1.0) for s in steps])                # as one too large update
+
+    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    job.tune(net, "transfer", 2, 0.4, 0.03, warmup=0.5)
+    total = 2 * (len(job.train) // 16)
+    rate = [0.2 * (1 + math.cos(math.pi * k / total)) * min(1, (k + 1) / (total / 2 + 1)) for k in range(total)]
+    assert [groups[0][0] for groups in seen] == pytest.approx(rate)
+    assert [group[1:] for group in seen[0]] == [(0.9, True, 0.03), (0.9, True, 0.0)]
+    assert all((s > 0).all() for s in steps)
+
+
+def test_a_job_trains_on_the_images_and_by_the_flags_it_was_given(tiny, monkeypatch):
+    make = lambda **kw: asga.Job(asga.SearchConfig(data="digits", device="cpu", arch=tiny, **kw), "search")
+    job = make(images=0.05, batch_size=8, augment="none", resolution=16, seed=3)
+    assert asga.Fused.on and job.style == "none" and not make(compile=False).device == "cuda" and not asga.Fused.on
+    x = torch.cat([x for x, _ in itertools.islice(job.stream()(0), len(job.train) // 8)]).flatten(1)
+    own = asga.normalize(job.train.images, 16).flatten(1)
+    assert (x[:, None] == own).all(-1).any(1).all() and len(x.unique(dim=0)) > 50                # of --images, none of val
+    monkeypatch.setattr(asga, "evaluate", lambda model, part, resolution, device: (part, resolution))
+    assert job.evaluate(job.model) == (job.data.val, 16)
+    weight = lambda seed: make(seed=seed).model[0].weight
+    assert torch.equal(weight(3), job.model[0].weight) and not torch.equal(weight(4), weight(3))
+
+
+def test_what_main_says_when_stopped_out_of_memory_and_without_data(monkeypatch, capsys):
+    def stopped(cfg):
+        cfg.out, cfg.data = "runs/x", "digits"
+        raise asga.Stopped("stopped in search")
+
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setitem(asga.COMMANDS, "search", (stopped, asga.SearchConfig))
+    monkeypatch.setitem(asga.COMMANDS, "train", (full, asga.TrainConfig))
+    code, out, err = run_main(capsys, "search", "--steps", "3")
+    assert code == 130 and err.endswith("go on with: python asga.py search --steps 3 --out runs/x --data digits\n")
+    refused(capsys, "train", has="--batch-size")
+    monkeypatch.undo()
+    monkeypatch.setattr(asga.socket, "create_connection", lambda *a, **k: (_ for _ in ()).throw(OSError()))
+    code, out, err = run_main(capsys, "search", "--data-root", "/nowhere", "--budget", "1bit")
+    assert code == 2 and "falling back to digits" in err and "takes" in err
+
+
+def test_uniform_bits_take_no_search_and_the_table_shows_the_policy(tiny, tmp_path, capsys):
+    code, out, err = run_main(capsys, "search", "--method", "uniform", "--random-weights", "--data", "digits", "--images", "0.05", "--batch-size", "8", "--arch", tiny, "--candidates-a", "3,5",
+                              "--budget", "4bit", "--no-compile", "--keep", "6", "--seed", "5", "--out", tmp_path / "u")
+    assert code == 0, err
+    data = json.loads((tmp_path / "u/policy.json").read_text())
+    assert not (tmp_path / "u/log.jsonl").exists() and not (tmp_path / "u/weights.pt").exists() and "(0 steps" in out
+    rows = {r[0]: (int(r[2]), int(r[3])) for r in map(str.split, out.splitlines()) if len(r) == 4 and r[0] in data["layers"]}
+    assert rows == {n: (e["w"], e["a"]) for n, e in data["layers"].items()} and any(w != a for w, a in rows.values())
+    cost, limit = data["cost"]["bops"], data["budget"]["bops"]
+    assert f"{100 * cost / limit:.2f} % spent" in out and f"w {data['cost']['mean_w']:.2f}, a {data['cost']['mean_a']:.2f}" in out
+    assert f"{asga.human(data['cost']['weight_bits'] / 8)}B of weights" in out and data["search"]["seed"] == 5
+
+
+@needs_torchvision
+def test_eval_repeats_the_figures_of_training_and_broken_pictures_show_first(tiny, tmp_path, capsys):
+    root = make_folder(tmp_path / "set", sizes=((20, 20), (31, 24), (16, 40)))
+    code, out, err = run_main(capsys, "train", "--arch", tiny, "--data", root, "--resolution", "12", "--epochs", "1", "--batch-size", "8", "--no-compile", "--out", tmp_path / "t")
+    assert code == 0, err
+    figures = json.loads((tmp_path / "t/metrics.json").read_text())["full_precision"]
+    code, out, err = run_main(capsys, "eval", tmp_path / "t/model.pt", "--data", root)
+    assert code == 0 and f"{figures['accuracy']:.2f} %  cross-entropy {figures['loss']:.4f}" in out and "12 px" in out, out + err
+    (root / "val/dog/3.png").write_bytes((root / "val/dog/3.png").read_bytes()[:200])
+    refused(capsys, "train", "--arch", tiny, "--data", root, "--out", tmp_path / "v", has="3.png")
+    assert not (tmp_path / "v").exists()
+    asga_job = asga.Job(asga.TrainConfig(data=str(make_folder(tmp_path / "same")), arch=tiny, resolution=12, device="cpu"), "train")
+    assert asga_job.train.size == asga_job.data.val.size == 12                # decoded at the network's side, not shrunk in batches
+
+
 @needs_torchvision
 def test_weights_with_another_head_and_a_network_of_ones_own(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("from __future__ import annotations\nimport dataclasses\nfrom torch import nn\n"
@@ -2407,6 +2879,9 @@ def test_weights_with_another_head_and_a_network_of_ones_own(tmp_path, capsys):
     code, out, err = run_main(capsys, "search", "--arch", arch, "--data", root, "--weights", tmp_path / "fp/model.pt", "--steps", "2", "--fp-epochs", "1",
                               "--batch-size", "16", "--budget", "4bit,1KB", "--no-compile", "--out", tmp_path / "s")
     assert code == 0 and "trained for 3 classes" in err and "(7)" in err and "the classifier is fresh" in err, err
+    code, _, err = run_main(capsys, "search", "--arch", arch, "--data", "digits", "--classes", "3-5", "--weights", tmp_path / "fp/model.pt",
+                            "--method", "uniform", "--fp-epochs", "1", "--no-compile", "--out", tmp_path / "names")
+    assert code == 0 and "3 classes of other names" in err and "the classifier is fresh" in err, err
     policy = json.loads((tmp_path / "s/policy.json").read_text())
     assert policy["layers"]["3"]["macs"] == 8 * 8 * 9 * 7 * 7 and policy["proxy"]["resolution"] == 20
     code, _, err = run_main(capsys, "eval", tmp_path / "fp/model.pt", "--data", "digits", "--classes", "0-2")
