@@ -337,6 +337,7 @@ def test_half_networks_keep_integer_bounds_and_a_step_of_zero_harmless():
     for bits, signed, dtype in ((10, True, torch.bfloat16), (12, False, torch.float16), (16, False, torch.float16)):
         q, x = quantizer(bits, signed, 1.0, dtype), torch.tensor([5.0, 600.0, 4200.0, -600.0, 65504.0]).to(dtype)
         assert torch.equal(q(x), x.float().clamp(*levels(bits, signed)).to(dtype))
+        assert tuple(q.grid[1:, 0].tolist()) == levels(bits, signed)
     q = quantizer(4, True, 0.0, torch.float16)
     assert q(torch.tensor([0.0, 1.0], dtype=torch.float16)).tolist() == [0, 0]
 
