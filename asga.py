@@ -539,9 +539,10 @@ def quantize(model, bits_or_policy, *, keep=8, example_inputs=None, relaxation="
 
     bits_or_policy: an int (that many bits everywhere); several ints, or {"w": ints, "a": ints}: the candidates of a
     supernet; or a Policy. keep: see edge_bits (a policy names every layer, so it is not used there). example_inputs (a
-    tensor or a tuple of arguments, real data): calibrates all steps at once, finds the order of the layers, and leaves layers whose
-    weight no F.conv2d or F.linear of the forward pass uses in full precision. Without it each activation quantizer calibrates
-    itself on the first tensor that it sees. A supernet quantized again with a policy keeps the steps that it learned.
+    tensor or a tuple of arguments, real data): calibrates all steps at once, finds the order of the layers, and leaves
+    layers whose weight no F.conv2d or F.linear of their own forward uses in full precision. Without it each activation
+    quantizer calibrates itself on the first tensor that it sees. A supernet quantized again with a policy keeps the steps
+    that it learned.
     BatchNorm's statistics stay those of full precision: see update_statistics. Tune with StepGuard.
     Raises AsgaError where policy and network do not fit.
     """
@@ -1146,8 +1147,8 @@ class Policy:
         """The same bits with the MACs and sizes of `model` at these inputs (another resolution, other classes), checked."""
         sizes, found = trace(model, example_inputs), layers_of(model)
         self._fit(model, sizes)
-        unreached = {name: LayerCost(0, found[name].weight.numel()) for name in self.layers if name not in sizes}
-        return Policy(self.layers, {name: {**sizes, **unreached}[name] for name in self.layers}, self.info)
+        unreached = lambda name: LayerCost(0, found[name].weight.numel())
+        return Policy(self.layers, {name: sizes.get(name) or unreached(name) for name in self.layers}, self.info)
 
     def check(self, model, example_inputs=None):
         """Raises AsgaError with the first layer that does not fit `model`: its name or its number of weights. The last

@@ -184,6 +184,8 @@ def test_beta_on_a_candidate_is_that_candidate_alone(k):
     with torch.no_grad():
         q.beta.add_(100 if k == 3 else 0)                     # a perturbation may carry β beyond the range: it saturates
     assert torch.equal(q(x), q.select(bits[k])(x))
+
+
 def test_gradients_beyond_the_last_candidate_and_below_the_least_step():
     """Where a perturbation carries β or a step out of its range, the gradient goes on as at the border."""
     for beta, lo, hi in ((8.5, 4, 8), (1.5, 2, 4)):
@@ -277,6 +279,8 @@ def least_mse(x, n, p):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("make", [lambda: torch.randn(4000), lambda: torch.randn(4000).relu(),
                                   lambda: torch.cat([torch.randn(4000), torch.tensor([60.0])])])
+
+
 def test_calibration_finds_the_mse_optimal_step(bits, make):
     x = make()
     q = Quantizer(bits)
@@ -307,6 +311,8 @@ def test_impossible_bits_are_refused(bits):
 @pytest.mark.parametrize("make", [lambda: [torch.randn(3000) * 10, torch.rand(3000)], lambda: [torch.rand(3000) * 10, torch.rand(3000)],
                                   lambda: [torch.cat([torch.rand(70_000) * 1e-3, torch.rand(70_000)])],
                                   lambda: [torch.cat([torch.rand(10_000) * 1e-3, torch.rand(10_000)])]])
+
+
 def test_calibration_counts_all_that_it_was_shown(make):
     batches = make()
     q, draws = Quantizer(8), torch.get_rng_state()
@@ -333,6 +339,8 @@ def test_calibration_of_half_precision_infinities_and_one_bit():
     for q, x in ((Quantizer(4), torch.tensor([1.0, math.inf])), (Quantizer(1, True), torch.rand(100) + 0.1)):
         q.calibrate(x)
         assert q.steps.isfinite() and q.steps > 0
+
+
 def test_half_networks_keep_integer_bounds_and_a_step_of_zero_harmless():
     for bits, signed, dtype in ((10, True, torch.bfloat16), (12, False, torch.float16), (16, False, torch.float16)):
         q, x = quantizer(bits, signed, 1.0, dtype), torch.tensor([5.0, 600.0, 4200.0, -600.0, 65504.0]).to(dtype)
@@ -548,6 +556,8 @@ def test_transformer_layers_are_quantized_in_evaluation_too():
     with torch.no_grad():
         assert not torch.equal(net(x), model(x))
     assert calls == names
+
+
 def test_padded_batches_of_a_transformer():
     """In eval mode nn.TransformerEncoder packs them into nested tensors."""
     class Net(nn.Module):
@@ -782,6 +792,8 @@ def test_no_radius_and_no_alignment_is_the_base_optimizer_bit_for_bit(base, step
 
 @pytest.mark.parametrize("project,adaptive,rho,alpha", [(True, True, 0.3, 0.05), (False, False, 0.1, 0.0),
                                                          (True, False, 4.0, 0.01), (True, True, 0.02, 0.5)])
+
+
 def test_two_steps_on_a_quadratic_equal_the_closed_form(project, adaptive, rho, alpha):
     A, b, start = quadratic()
     theta, lr, seen = nn.Parameter(start.clone()), 0.1, []
@@ -1128,6 +1140,8 @@ def test_the_optimizer_section_stands_alone(tmp_path):
     script = "import torch\n" + section + """
 w = torch.nn.Parameter(torch.tensor([2.0]))
 o = ASGA([w], torch.optim.SGD, lr=0.5, rho_min=0.1, rho_max=0.1, alpha=0.0)
+
+
 def closure():
     o.zero_grad(); loss = (w ** 2).sum(); loss.backward(); return loss
 o.step(closure)
@@ -1467,6 +1481,8 @@ def test_knapsack_of_twelve_layers_equals_dynamic_programming(seed):
     spent = sum(int(c[i]) for c, i in zip(costs, picks))
     assert fill * limit <= spent <= limit
     assert sum(float(v[i]) for v, i in zip(values, picks)) == pytest.approx(best[math.ceil(fill * limit):].min().item(), abs=1e-9)
+
+
 @pytest.mark.parametrize("seed", [3, 5])
 def test_knapsack_within_two_bounds_where_the_fill_binds(seed):
     g = torch.Generator().manual_seed(seed)
@@ -1602,6 +1618,8 @@ def toy_batches(n=6):
 @pytest.mark.parametrize("kw", [{}, {"relaxation": "softmax"}, {"method": "sam"}, {"method": "sagm"}, {"method": "joint"},
                                 {"method": "uniform"}, {"candidates_w": (4,), "candidates_a": (2, 3, 8)},
                                 {"relaxation": "softmax", "tau": 0.3}])
+
+
 def test_search_keeps_the_budget_at_every_step_and_in_the_policy(kw):
     model = Handmade()
     before, spent = copy.deepcopy(model.state_dict()), []
@@ -1684,6 +1702,8 @@ def test_search_is_deterministic_and_refuses_nonsense():
         search(Handmade(), iter(toy_batches()), F.cross_entropy, "3bit")
     with pytest.raises(AsgaError, match="empty"):
         search(Handmade(), [], F.cross_entropy, "3bit")
+
+
 class Spent(torch.utils.data.IterableDataset):
     """Gives its items once, however often it is asked for them."""
 
@@ -1694,10 +1714,17 @@ class Spent(torch.utils.data.IterableDataset):
         return self.rest
 
 
-def test_batches_that_run_dry_and_example_inputs_elsewhere():
+def test_batches_that_run_dry_and_example_inputs_on_another_device(monkeypatch):
     loader = torch.utils.data.DataLoader(Spent(toy_batches()), batch_size=None)
     with pytest.raises(AsgaError, match="once"):
         search(Handmade(), loader, F.cross_entropy, "3bit", steps=20)
+
+    def plan(model, inputs, *more):
+        raise KeyError(inputs.device.type)
+
+    monkeypatch.setattr(asga, "plan", plan)
+    with pytest.raises(KeyError, match="meta"):
+        search(nn.Linear(2, 2, device="meta"), [(torch.ones(1, 2), torch.zeros(1))], F.cross_entropy, "3bit", example_inputs=torch.ones(1, 2))
 
 
 class Experts(nn.Module):
@@ -1744,6 +1771,8 @@ def test_batches_of_any_structure(mask):
 
 @pytest.mark.parametrize("method,ran", [("sam", {"alpha": 0.0, "adaptive": False, "project": False, "direction": "perturbed"}),
                                         ("joint", {"rho_max": 0.0, "alpha": 0.0}), ("asga", {"alpha": 0.5, "adaptive": True})])
+
+
 def test_the_policy_records_the_settings_that_ran(method, ran):
     settings = search(Handmade(), toy_batches(), F.cross_entropy, "3bit", steps=1, method=method, alpha=0.5).info["search"]["settings"]
     assert ran.items() <= settings.items()
@@ -1776,6 +1805,8 @@ def test_defaults_are_the_documented_ones():
     assert vars(asga.TransferConfig()) == dict(full, policy="", arch="", cost_resolution=0, epochs=5, lr=0.01, weight_decay=1e-4, recompute=False)
     assert vars(asga.SearchConfig()) == dict(full, **vars(asga.SearchSettings()), budget="3bit", cost_resolution=0, random_weights=False)
     assert vars(asga.EvalConfig()) == dict(common, compile=False, model="")
+
+
 def test_the_log_has_weights_first_and_then_activations():
     run = started(candidates_w=(2, 8), candidates_a=(3, 5, 8), steps=4)
     record = run.step(torch.randn(8, 3, 24, 24), torch.arange(8) % 7, F.cross_entropy, 0)
@@ -1787,6 +1818,8 @@ def test_the_log_has_weights_first_and_then_activations():
 @pytest.mark.parametrize("method,rho_min,rho_max,alpha,adaptive,project,direction", [
     ("asga", 0.01, 0.2, 0.03, True, True, "mean"), ("sagm", 0.01, 0.2, 0.03, False, False, "mean"),
     ("sam", 0.01, 0.2, 0.0, False, False, "perturbed"), ("joint", 0.0, 0.0, 0.0, True, True, "mean")])
+
+
 def test_each_method_is_the_optimizer_that_its_name_says(method, rho_min, rho_max, alpha, adaptive, project, direction):
     optimizer = started(method=method, rho_min=0.01, rho_max=0.2, alpha=0.03).optimizer
     assert (optimizer.rho_min, optimizer.rho_max, optimizer.alpha) == (rho_min, rho_max, alpha)
@@ -2049,6 +2082,8 @@ def test_a_layer_that_a_pass_leaves_out_gets_no_gradient():
     net.skip = False
     outcome(net, x, prepared=asga.Prepared(net))
     assert all(p.grad is not None for p in net.parameters())
+
+
 def test_frozen_steps_and_recomputing_with_quantizers_off():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), torch.randn(2, 3, 8, 8)
     net = quantize(model, 4, example_inputs=x)
@@ -2117,6 +2152,8 @@ class Waits(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("kw", [{}, {"relaxation": "softmax"}, {"method": "joint"}, {"method": "sam"}, {"precision": "bf16"},
                                 {"recompute": True}])
+
+
 def test_a_search_step_never_waits_for_the_device(kw):
     x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 7
     chosen = asga.SearchSettings(steps=10, **kw)
@@ -2531,6 +2568,8 @@ def test_weights_that_do_not_fit_or_run_code_are_refused(tmp_path, monkeypatch):
     assert asga.load_weights(model, "resnet18", "imagenet") is True
     with pytest.raises(AsgaError, match="for torchvision"):
         asga.load_weights(model, "resnet20", "imagenet")
+
+
 @needs_torchvision
 def test_names_in_the_old_files_of_densenets(monkeypatch):
     own = asga.build("densenet121", 1000).state_dict()
@@ -2743,7 +2782,6 @@ def test_a_signal_saves_the_present_step_and_a_second_one_ends_at_once(signum, t
 def test_a_full_disk_leaves_the_last_checkpoint_and_policy(tmp_path, monkeypatch):
     _, _, policy = handmade_policy()
     policy.save(tmp_path / "p.json")
-    save = torch.save
 
     def cut(state, path):
         Path(path).write_bytes(b"PK half a file")
@@ -2808,7 +2846,9 @@ def test_tuning_has_its_schedule_decay_and_guard(tiny, tmp_path, monkeypatch):
 def test_a_job_trains_on_the_images_and_by_the_flags_it_was_given(tiny, monkeypatch):
     make = lambda **kw: asga.Job(asga.SearchConfig(data="digits", device="cpu", arch=tiny, **kw), "search")
     job = make(images=0.05, batch_size=8, augment="none", resolution=16, seed=3)
-    assert asga.Fused.on and job.style == "none" and not make(compile=False).device == "cuda" and not asga.Fused.on
+    assert asga.Fused.on and job.style == "none"
+    make(compile=False)
+    assert not asga.Fused.on
     x = torch.cat([x for x, _ in itertools.islice(job.stream()(0), len(job.train) // 8)]).flatten(1)
     own = asga.normalize(job.train.images, 16).flatten(1)
     assert (x[:, None] == own).all(-1).any(1).all() and len(x.unique(dim=0)) > 50                # of --images, none of val
@@ -2861,8 +2901,8 @@ def test_eval_repeats_the_figures_of_training_and_broken_pictures_show_first(tin
     (root / "val/dog/3.png").write_bytes((root / "val/dog/3.png").read_bytes()[:200])
     refused(capsys, "train", "--arch", tiny, "--data", root, "--out", tmp_path / "v", has="3.png")
     assert not (tmp_path / "v").exists()
-    asga_job = asga.Job(asga.TrainConfig(data=str(make_folder(tmp_path / "same")), arch=tiny, resolution=12, device="cpu"), "train")
-    assert asga_job.train.size == asga_job.data.val.size == 12                # decoded at the network's side, not shrunk in batches
+    job = asga.Job(asga.TrainConfig(data=str(make_folder(tmp_path / "same")), arch=tiny, resolution=12, device="cpu"), "train")
+    assert job.train.size == job.data.val.size == 12                # decoded at the network's side, not shrunk in batches
 
 
 @needs_torchvision

@@ -245,7 +245,7 @@ MUTATIONS = {
     "BatchNorm: expanded buffers": ("if 0 not in buffer.stride():", "if True:"),
     "optimizer: a copy with the scheduler's step": ("if key != \"step\"}", "}"),
     "optimizer: maximize": ("if any(group.get(\"maximize\") for group in self.base.param_groups):", "if False:"),
-    "policy: unreached layers without size": ("{name: {**sizes, **unreached}[name] for name in self.layers}", "{name: sizes[name] for name in self.layers if name in sizes}"),
+    "policy: unreached layers without size": ("sizes.get(name) or unreached(name) for name in self.layers", "sizes[name] for name in self.layers if name in sizes"),
     "weights: own prefix lost": ("prefix = \"\" if any(key.startswith(\"module.\") for key in own) else \"module.\"", "prefix = \"module.\""),
     "weights: head of other names kept": ("list(classes) != trained", "False"),
     "images: floating-point pixels": ("if image.mode == \"F\":", "if False:"),
