@@ -7,7 +7,8 @@ An open reference implementation, in one file, of
     python asga.py search                                          # bits per layer, found on the proxy set
     python asga.py transfer runs/…/policy.json --data DIR          # the same bits on the target set, weights tuned
 
-Reading order: quantizer, supernet, cost and budget, ASGA optimizer, policy, search, networks, data, runs, commands.
+Reading order: quantizer, supernet, their fast paths, cost and budget, ASGA optimizer, policy, search, networks, data, runs,
+commands.
 Symbols are the paper's: θ = (w, s, β) weights, quantizer steps and real-valued bitwidths; L loss; g its gradient;
 ρ radius; h = L_p − L gap; α alignment step; C(β) expected cost; C* budget. "Our choice" marks what the paper leaves
 open; README.md numbers these choices. Needs torch; pictures and torchvision's networks need torchvision.
@@ -95,47 +96,10 @@ def mix_backward(grad, x, row):
     return (g * passed).to(x.dtype), torch.stack(grad_s + none + none + grad_pi).view(4, -1).to(row.dtype)
 
 
-class Fused:
-    """Runs one of the two formulas above through torch.compile: the quantizer is memory traffic, and a fused kernel reads
-    x once. All layers share one kernel: x is flattened, its size is dynamic, steps and bounds are tensors. Without a
-    compiler (C++ on CPU, Triton on CUDA) the same formula runs eagerly, and one line says so. Fused.on = False forbids it.
-    """
-    on = True
-
-    def __init__(self, formula):
-        self.formula, self.compiled = formula, None
-
-    def __call__(self, *tensors):
-        if not Fused.on or torch.is_grad_enabled() or torch.compiler.is_compiling():   # grad mode: double backward
-            return self.formula(*tensors)
-        x, row = tensors[-2:]                                               # last in both formulas
-        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
-        x = x.contiguous(memory_format=layout)
-
-        def flat(t):                       # in memory order; no view and detached: dynamo guards on both, and would recompile
-            t = t.detach().contiguous(memory_format=layout)
-            return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), (t.numel(),))
-
-        def shaped(t):
-            return t.as_strided(x.shape, x.stride())
-
-        try:
-            self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
-            with torch.autocast(x.device.type, enabled=False):                     # one kernel inside and outside of autocast
-                out = self.compiled(*(flat(t) for t in tensors[:-1]), row.detach())
-        except Exception as error:                                                    # whatever a toolchain can raise
-            out = self.formula(*tensors)                                              # raises again if the input is at fault
-            Fused.on = False
-            say(f"torch.compile does not work here ({type(error).__name__}); quantizers run eagerly: same results, slower")
-            return out
-        return shaped(out) if torch.is_tensor(out) else (shaped(out[0]), *out[1:])
-
-
 class FakeQuantize(torch.autograd.Function):
     """mix_forward and mix_backward as one differentiable function; only x is kept for the backward pass."""
 
-    forward_kernel, backward_kernel = Fused(mix_forward), Fused(mix_backward)         # compiled at first use
+    forward_kernel, backward_kernel = mix_forward, mix_backward                       # compiled: see Fused
 
     @staticmethod
     def forward(ctx, x, row):
@@ -154,7 +118,7 @@ def check_bits(bits, where=""):
         if isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= 16:
             raise AsgaError(f"{where}bitwidth {b!r} is not possible: give whole numbers from 1 to 16")
     if not found or len(set(found)) < len(found):
-        raise AsgaError(f"candidates {list(found)} must be one or more different bitwidths")
+        raise AsgaError(f"{where}candidates {list(found)} must be one or more different bitwidths")
     return tuple(sorted(found))
 
 
@@ -235,6 +199,7 @@ class Quantizer(nn.Module):
             return x
         if not self.calibrated():
             self.calibrate(x)
+        # the row [s, n, p, π] that mix_forward takes: made here, or for all quantizers of the model at once (Prepared)
         shared = self.row is not None and self.row.device == x.device                           # not in replicas on other devices
         return FakeQuantize.apply(x, self.row if shared else mixtures([self])[0])
 
@@ -301,75 +266,13 @@ def mixtures(quantizers):
     return torch.stack([s, n, p, pi], 1)
 
 
-class Prepared:
-    """`with Prepared(model): forward and backward pass`: the mixtures of all quantizers of a model are made at once, one
-    operation for all instead of one for each. Inside, steps and bitwidths must not change. Same results, sooner.
-
-    Each quantizer gets its row as a leaf; the gradients that rows collected go on to steps and bitwidths at the end, so that
-    the backward pass may come in several parts (checkpointing) or leave layers out (whose gradients stay None).
-    """
-
-    def __init__(self, model):
-        self.quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
-
-    def __enter__(self):
-        groups, self.rows = {}, []
-        for q in self.quantizers:
-            if q.ready:
-                kind = len(q.bits), q.relaxation, q.tau, q.steps.device, q.steps.dtype, q.steps.requires_grad
-                groups.setdefault(kind, []).append(q)
-        for group in groups.values():
-            for q, row in zip(group, mixtures(group).unbind()):
-                q.row = row.detach().clone().requires_grad_(row.requires_grad)      # no view: dynamo would recompile for it
-                self.rows.append((q, row))
-
-    def __exit__(self, kind, *error):
-        used = [(row, q.row.grad) for q, row in self.rows if q.row.grad is not None]
-        idle = [p for q, _ in self.rows if q.row.grad is None for p in q.parameters() if p.grad is None]
-        for q in self.quantizers:
-            q.row = None
-        self.rows = []
-        if used and kind is None:
-            torch.autograd.backward(*zip(*used))
-            for p in idle:
-                p.grad = None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Supernet: every Conv2d and Linear of any network gets a quantizer on its weight and one on its input
 # ----------------------------------------------------------------------------------------------------------------------
 
-class Recomputed(torch.autograd.graph.saved_tensors_hooks):
-    """While a convolution or matrix product runs: what it would keep of these quantized operands for the backward pass is
-    made again there, from the x that FakeQuantize keeps anyway."""
-
-    def __init__(self, operands):
-        nodes = {(q.data_ptr(), q.numel()): q.grad_fn for q in operands if type(q.grad_fn).__name__ == "FakeQuantizeBackward"}
-
-        def pack(t):
-            node = nodes.get((t.data_ptr(), t.numel()))
-            return t if node is None else (node, t.shape, t.stride())               # maybe flattened or transposed, but all of it
-
-        super().__init__(pack, self.again)
-
-    @staticmethod
-    @torch.no_grad()
-    def again(saved):
-        if torch.is_tensor(saved):
-            return saved
-        node, shape, stride = saved
-        with torch._C.DisableTorchFunction():                                         # as in the forward pass: the same kernel
-            return FakeQuantize.forward_kernel(*node.saved_tensors).as_strided(shape, stride)
-
-    @staticmethod
-    def possible():
-        """False where somebody outside decides already what is kept (checkpointing): tensors can be unpacked once only."""
-        return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None)(False) is None
-
-
 class Operands(torch.overrides.TorchFunctionMode):
-    """While one layer's own forward runs: quantizes the operands of each convolution or matrix product that uses a tensor
-    of its weight's shape. It acts there and not on `weight` and the layer's input because subclasses pad by hand or
+    """While one layer's own forward runs, F.conv2d(x, w) becomes F.conv2d(Q_a(x), Q_w(w)), and F.linear likewise, where w has
+    the shape of its weight. It acts there and not on `weight` and the layer's input because subclasses pad by hand or
     standardize their weights: what must be on the integer grid is what the hardware multiplies.
     """
 
@@ -438,11 +341,15 @@ def quantized_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
+def quantizers_of(model):
+    """All quantizers in a model."""
+    return [m for m in model.modules() if isinstance(m, Quantizer)]
+
+
 def set_quantizers(model, enabled):
     """Switch all quantizers of a model on or off. Without them it computes bit for bit what the original computes."""
-    for m in model.modules():
-        if isinstance(m, Quantizer):
-            m.enabled = enabled
+    for q in quantizers_of(model):
+        q.enabled = enabled
 
 
 def _own_forward(layer, args):
@@ -521,6 +428,8 @@ def edge_bits(names, keep):
     """{name: bits} of the layers that a search leaves alone. keep: an int, the bits of the first and the last layer;
     {name: bits}; several names (8 bits each); or None, no layer.
     """
+    if not names:
+        raise AsgaError("the network uses no Conv2d and no Linear layer: there is nothing to quantize")
     if keep is None:
         return {}
     if isinstance(keep, int):
@@ -557,8 +466,6 @@ def quantize(model, bits_or_policy, *, keep=8, example_inputs=None, relaxation="
         pair = bits_or_policy if isinstance(bits_or_policy, dict) else {"w": bits_or_policy, "a": bits_or_policy}
         if set(pair) != {"w", "a"}:
             raise AsgaError(f"bits {pair} are not understood: give an int, several, {{'w': …, 'a': …}}, or a Policy")
-        if not reached:
-            raise AsgaError(f"{type(model).__name__} uses no Conv2d and no Linear layer: there is nothing to quantize")
         kept = edge_bits(reached, keep)
         choices = {name: ((kept[name],),) * 2 if name in kept else (pair["w"], pair["a"]) for name in reached}
     net = attach_quantizers(model, choices, relaxation, tau)
@@ -602,7 +509,7 @@ class StepGuard:
     scale: one too large update of it, across zero, would silence its layer for good. Otherwise nothing changes."""
 
     def __init__(self, model):
-        self.quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+        self.quantizers = quantizers_of(model)
 
     @torch.no_grad()
     def __enter__(self):
@@ -620,7 +527,7 @@ def calibrate(model, batches):
     """Set the steps of all quantizers of a model from full-precision passes over `batches` (each a tensor or a tuple of
     arguments), in eval mode. Quantizers that no batch reaches stay as they were.
     """
-    found = [m for m in model.modules() if isinstance(m, Quantizer) and m.enabled]
+    found = [q for q in quantizers_of(model) if q.enabled]
     for q in found:
         q.sample = []
     try:
@@ -662,6 +569,112 @@ def update_statistics(model, batches):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Fast paths of quantizers and supernet: the same results, sooner or in less memory. Skip them at first reading.
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Fused:
+    """Runs mix_forward or mix_backward through torch.compile: the quantizer is memory traffic, and a fused kernel reads
+    x once. All layers share one kernel: x is flattened, its size is dynamic, steps and bounds are tensors. Without a
+    compiler (C++ on CPU, Triton on CUDA) the same formula runs eagerly, and one line says so. Fused.on = False forbids it.
+    """
+    on = True
+
+    def __init__(self, formula):
+        self.formula, self.compiled = formula, None
+
+    def __call__(self, *tensors):
+        if not Fused.on or torch.is_grad_enabled() or torch.compiler.is_compiling():   # grad mode: double backward
+            return self.formula(*tensors)
+        x, row = tensors[-2:]                                               # last in both formulas
+        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        x = x.contiguous(memory_format=layout)
+
+        def flat(t):                       # in memory order; no view and detached: dynamo guards on both, and would recompile
+            t = t.detach().contiguous(memory_format=layout)
+            return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), (t.numel(),))
+
+        def shaped(t):
+            return t.as_strided(x.shape, x.stride())
+
+        try:
+            self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
+            with torch.autocast(x.device.type, enabled=False):                     # one kernel inside and outside of autocast
+                out = self.compiled(*(flat(t) for t in tensors[:-1]), row.detach())
+        except Exception as error:                                                    # whatever a toolchain can raise
+            out = self.formula(*tensors)                                              # raises again if the input is at fault
+            Fused.on = False
+            say(f"torch.compile does not work here ({type(error).__name__}); quantizers run eagerly: same results, slower")
+            return out
+        return shaped(out) if torch.is_tensor(out) else (shaped(out[0]), *out[1:])
+
+
+FakeQuantize.forward_kernel, FakeQuantize.backward_kernel = Fused(mix_forward), Fused(mix_backward)
+
+
+class Prepared:
+    """`with Prepared(model): forward and backward pass`: the mixtures of all quantizers of a model are made at once, one
+    operation for all instead of one for each. Inside, steps and bitwidths must not change. Same results, sooner.
+
+    Each quantizer gets its row as a leaf; the gradients that rows collected go on to steps and bitwidths at the end, so that
+    the backward pass may come in several parts (checkpointing) or leave layers out (whose gradients stay None).
+    """
+
+    def __init__(self, model):
+        self.quantizers = quantizers_of(model)
+
+    def __enter__(self):
+        groups, self.rows = {}, []
+        for q in self.quantizers:
+            if q.ready:
+                kind = len(q.bits), q.relaxation, q.tau, q.steps.device, q.steps.dtype, q.steps.requires_grad
+                groups.setdefault(kind, []).append(q)
+        for group in groups.values():
+            for q, row in zip(group, mixtures(group).unbind()):
+                q.row = row.detach().clone().requires_grad_(row.requires_grad)      # no view: dynamo would recompile for it
+                self.rows.append((q, row))
+
+    def __exit__(self, kind, *error):
+        used = [(row, q.row.grad) for q, row in self.rows if q.row.grad is not None]
+        idle = [p for q, _ in self.rows if q.row.grad is None for p in q.parameters() if p.grad is None]
+        for q in self.quantizers:
+            q.row = None
+        self.rows = []
+        if used and kind is None:
+            torch.autograd.backward(*zip(*used))
+            for p in idle:
+                p.grad = None
+
+
+class Recomputed(torch.autograd.graph.saved_tensors_hooks):
+    """While a convolution or matrix product runs: what it would keep of these quantized operands for the backward pass is
+    made again there, from the x that FakeQuantize keeps anyway."""
+
+    def __init__(self, operands):
+        nodes = {(q.data_ptr(), q.numel()): q.grad_fn for q in operands if type(q.grad_fn).__name__ == "FakeQuantizeBackward"}
+
+        def pack(t):
+            node = nodes.get((t.data_ptr(), t.numel()))
+            return t if node is None else (node, t.shape, t.stride())               # maybe flattened or transposed, but all of it
+
+        super().__init__(pack, self.again)
+
+    @staticmethod
+    @torch.no_grad()
+    def again(saved):
+        if torch.is_tensor(saved):
+            return saved
+        node, shape, stride = saved
+        with torch._C.DisableTorchFunction():                                         # as in the forward pass: the same kernel
+            return FakeQuantize.forward_kernel(*node.saved_tensors).as_strided(shape, stride)
+
+    @staticmethod
+    def possible():
+        """False where somebody outside decides already what is kept (checkpointing): tensors can be unpacked once only."""
+        return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None)(False) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Cost and budget: bit operations and bytes, a hard constraint on them, and the exact way back to whole bits
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -689,7 +702,7 @@ class Budget:
     def __init__(self, spec, layers, lo, hi, kept=()):
         self.spec, self.names = str(spec), list(layers)
         self.kept = torch.tensor([name in kept for name in layers], device=lo.device)
-        self.lo, self.hi = lo.double(), hi.double()
+        self.lo, self.hi = lo.double().clone(), hi.double()
         # [2, L]: rows are MACs and numel, float64: exact up to 2^53
         self.sizes = torch.tensor([[c.macs for c in layers.values()], [c.numel for c in layers.values()]],
                                   dtype=torch.float64, device=lo.device)
@@ -706,6 +719,8 @@ class Budget:
                 raise AsgaError(f"budget {part.strip()!r} = {unit(value)} cannot be met: with these candidates the network "
                                 f"takes {unit(least)} to {unit(most)}")
             self.limits[kind] = value
+        if "bops" not in self.limits:
+            self.lo[1] = self.hi[1]                                     # activations cost nothing: they keep their most bits
 
     def _parse(self, text):
         match = re.fullmatch(r"(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-z]*)", text)
@@ -743,9 +758,10 @@ class Budget:
         return total
 
     def solve(self, move, reach):
-        """The t in [−reach, reach] where move(t), bits that fall as t grows, spends 1, from below; move takes t [T, 1, 1] and
-        gives [T, 2, L]. Each round looks at 257 points at once, which is 8 of bisection. Tensors throughout: the device is
-        never asked. Where all of the range costs too little, t = −reach."""
+        """The t in [−reach, reach] where move(t) spends 1, from below: bits that fall as t grows (a step against the cost's
+        gradient; in uniform() minus the bitwidth). move takes t [T, 1, 1] and gives [T, 2, L]. Each round looks at 257 points
+        at once, which is 8 of bisection. Tensors throughout: the device is never asked. Where all of the range costs too
+        little, t = −reach."""
         left, right = -reach, reach
         share = torch.linspace(0, 1, 257, dtype=torch.float64, device=self.lo.device)
         for _ in range(7):
@@ -780,11 +796,7 @@ class Budget:
 
     def uniform(self):
         """bits [2, L] of the (fractional) uniform policy that spends 1: where a search starts."""
-        def move(t):                                                                          # t: the bitwidth, negative
-            bits = (-t).clamp(self.lo, self.hi)
-            free = torch.tensor([[False], ["bops" not in self.limits]], device=bits.device)      # activations are free of size
-            return torch.where(free, self.hi, bits)
-
+        move = lambda t: (-t).clamp(self.lo, self.hi)                                         # t: the bitwidth, negative
         return move(self.solve(move, self.hi.max()))
 
     def choose(self, penalties):
@@ -805,23 +817,23 @@ class Budget:
 def lagrangian(values, costs, limits, fill):
     """(a lower bound of the knapsack's optimum, L tensors [n_l]: what each choice adds to it at least).
 
-    Σ min (v + μ ĉ) − μ never exceeds the optimum, for every μ ≥ 0 and every weighted mean ĉ of the shares of the budgets;
-    nor does it for μ < 0, where there is one budget, with −μ · fill. The best μ makes it tight.
+    Σ_l min (v + Σ_k μ_k ĉ_k) − Σ_k μ_k, with shares ĉ of the budgets, never exceeds the optimum for μ ≥ 0; nor does it for
+    μ < 0, where there is one budget, with −μ · fill. It is concave in μ: a grid, refined around its best point, makes it tight.
     """
+    shares = [c.double() / limits for c in costs]
     pad = lambda rows, value: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-    table_v, bound = pad(values, math.inf), -math.inf                                                          # [L, n]
-    for mix in [[1.0]] if len(limits) == 1 else [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]:
-        shares = [(c.double() / limits) @ torch.tensor(mix).double() for c in costs]
-        table_c = pad(shares, 0.0)
-        sizes = torch.logspace(-3, 5, 65).double()
-        trial = torch.cat([torch.zeros(1), sizes, -sizes if len(limits) == 1 else sizes])                     # μ
-        for spread in (0.2, 0.02, 0.0):
-            dual = (table_v + trial[:, None, None] * table_c).amin(-1).sum(-1) - trial * torch.where(trial < 0, fill, 1.0)
-            mu = trial[dual.argmax()]
-            if dual.max() > bound:
-                bound, excess = float(dual.max()), [v + mu * c for v, c in zip(values, shares)]
-            trial = mu * torch.linspace(1 - spread, 1 + spread, 41).double()
-    return bound, [e - e.min() for e in excess]
+    table_v, table_c = pad(values, math.inf), pad(shares, 0.0)                                         # [L, n], [L, n, K]
+    axis = torch.cat([torch.zeros(1), torch.logspace(-3, 5, 33)]).double()
+    trial = torch.cartesian_prod(*[axis] * len(limits)).view(-1, len(limits))                                   # μ [T, K]
+    if len(limits) == 1:
+        trial = torch.cat([trial, -trial])
+    for spread in (0.8, 0.2, 0.05, 0.01, 0.002):
+        dual = (table_v[..., None] + table_c @ trial.t()).amin(1).sum(0) - (trial * torch.where(trial < 0, fill, 1.0)).sum(1)
+        mu = trial[dual.argmax()]
+        near = torch.linspace(1 - spread, 1 + spread, 17).double()
+        trial = mu * torch.cartesian_prod(*[near] * len(limits)).view(-1, len(limits))
+    excess = [v + s @ mu for v, s in zip(values, shares)]
+    return float(dual.max()), [e - e.min() for e in excess]
 
 
 def knapsack(values, costs, limits, fill=FILL):
@@ -892,11 +904,7 @@ def knapsack(values, costs, limits, fill=FILL):
     found = optimum(False) or optimum(True)
     if found is None:
         raise AsgaError(f"budget {limits.tolist()} cannot be met: no policy keeps all of its bounds at once")
-    picks = found[2]
-    chosen = [0] * len(order)
-    for l, i in zip(order, picks):
-        chosen[l] = i
-    return chosen
+    return [i for _, i in sorted(zip(order, found[2]))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -981,7 +989,7 @@ class ASGA(torch.optim.Optimizer):
         if loss is None:
             raise ValueError("the closure returned nothing: it clears gradients, runs forward and backward, and returns the loss")
         loss = torch.as_tensor(loss).detach()
-        grad = {p: p.grad for p in params if p.grad is not None}                                                # g
+        grad = {p: p.grad for p in params if p.grad is not None}                                             # 1: g
         moved = [p for group in self.param_groups if group.get("perturb", True) for p in group["params"] if p in grad]
         if not moved or self.rho_max == self.alpha == 0:
             norm = torch.nn.utils.get_total_norm(grad.values())
@@ -999,7 +1007,7 @@ class ASGA(torch.optim.Optimizer):
         torch._foreach_copy_(self.backup, moved)
         for p in params:
             p.grad = None
-        try:
+        try:                                                                                               # 2: g_p
             torch._foreach_add_(moved, torch._foreach_mul([grad[p] for p in moved], scale))
             perturbed_loss = torch.as_tensor(self._second_pass(closure, draws)).detach()
         finally:
@@ -1013,14 +1021,14 @@ class ASGA(torch.optim.Optimizer):
         length = square.sqrt() * torch.nn.utils.get_total_norm(g_p)
         conflict = (dot < 0) & (square > 0)
         against = torch.where(conflict & self.project, dot / square, 0)                  # ⟨g_p, g⟩/‖g‖², where it is negative
-        share = 1.0 if self.direction == "mean" else 0.0                                                        # of g
+        share = 1.0 if self.direction == "mean" else 0.0                       # 3 and 4 at once: (g_p + (1 − against) · g)/2
         if share or self.project:
             torch._foreach_add_(g_p, torch._foreach_mul(g, share - against))
         if share:
             torch._foreach_mul_(g_p, 0.5)
-        for p, step in zip(both, g_p):
-            p.grad = step
-        gap = perturbed_loss - loss                                                                             # h
+        for p, direction in zip(both, g_p):
+            p.grad = direction
+        gap = perturbed_loss - loss                                                                          # 5: h
         self.last = dict(loss=loss, perturbed_loss=perturbed_loss, gap=gap, rho=rho, grad_norm=norm,
                          cos=torch.where(length > 0, dot / length, 0), projected=conflict & self.project)
         self.base.step()
@@ -1085,11 +1093,11 @@ def write_atomic(path, write):
 
 
 def write_json(path, data):
-    """Readable JSON, one layer or setting a line, written atomically."""
-    flat = lambda v, depth: isinstance(v, dict) and v and (depth == 0 or any(isinstance(i, dict) for i in v.values()))
+    """Readable JSON, written atomically: the outermost dict, and any dict of dicts, one entry a line."""
+    spread = lambda v, depth: isinstance(v, dict) and v and (depth == 0 or any(isinstance(i, dict) for i in v.values()))
 
     def lines(value, depth=0):
-        if not flat(value, depth):
+        if not spread(value, depth):
             return json.dumps(value)
         pad = "  " * (depth + 1)
         return "{\n" + ",\n".join(f"{pad}{json.dumps(k)}: {lines(v, depth + 1)}" for k, v in value.items()) + f"\n{pad[2:]}}}"
@@ -1147,8 +1155,8 @@ class Policy:
         """The same bits with the MACs and sizes of `model` at these inputs (another resolution, other classes), checked."""
         sizes, found = trace(model, example_inputs), layers_of(model)
         self._fit(model, sizes)
-        unreached = lambda name: LayerCost(0, found[name].weight.numel())
-        return Policy(self.layers, {name: sizes.get(name) or unreached(name) for name in self.layers}, self.info)
+        sizes = {name: sizes.get(name) or LayerCost(0, found[name].weight.numel()) for name in self.layers}
+        return Policy(self.layers, sizes, self.info)
 
     def check(self, model, example_inputs=None):
         """Raises AsgaError with the first layer that does not fit `model`: its name or its number of weights. The last
@@ -1230,7 +1238,7 @@ class Policy:
 
 def versions():
     """What made a file."""
-    return {"asga": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"asga": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1254,7 +1262,7 @@ METHODS = {
     "sagm": {"adaptive": False, "project": False},
     "sam": {"adaptive": False, "project": False, "alpha": 0.0, "direction": "perturbed"},
     "joint": {"rho_min": 0.0, "rho_max": 0.0, "alpha": 0.0},
-    "uniform": {},
+    "uniform": {"steps": 0},
 }
 
 
@@ -1289,18 +1297,18 @@ class SearchSettings:
 
     def __post_init__(self):
         self.candidates_w, self.candidates_a = check_bits(self.candidates_w), check_bits(self.candidates_a)
-        if self.method not in METHODS:
-            raise AsgaError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
+        for field in dataclasses.fields(self):
+            known, value = field.metadata.get("choices"), getattr(self, field.name)
+            if known and value not in known:
+                raise AsgaError(f"unknown {field.name} {value!r}: use one of {', '.join(known)}")
         vars(self).update(METHODS[self.method])                              # recorded is what runs
         if isinstance(self.keep, (set, frozenset)):
             self.keep = sorted(self.keep)                                    # for JSON
-        if self.steps < 1:
+        if self.steps < 1 and self.method != "uniform":
             raise AsgaError(f"steps {self.steps} leaves nothing to search: give at least 1")
         check_finite(self, ("rho_min", "rho_max", "alpha", "lr", "lr_beta", "momentum", "weight_decay"))
         if self.rho_min > self.rho_max:
             raise AsgaError(f"rho_min {self.rho_min} is above rho_max {self.rho_max}: exchange them, or set both")
-        if self.precision not in PRECISIONS:
-            raise AsgaError(f"unknown precision {self.precision!r}: use one of {', '.join(PRECISIONS)}")
         if not 0 < self.tau < math.inf:
             raise AsgaError(f"tau {self.tau} must be a finite number above 0")
 
@@ -1342,8 +1350,7 @@ def plan(model, example_inputs, budget, settings):
     example_inputs decide at which resolution MACs are counted: the one that will be deployed.
     """
     layers = trace(model, example_inputs)
-    if not layers:
-        raise AsgaError(f"{type(model).__name__} uses no Conv2d and no Linear layer: there is nothing to quantize")
+    kept = edge_bits(list(layers), settings.keep)
     left = [name for name in layers_of(model) if name not in layers]
     if left:
         say(f"not quantized, as no forward pass calls them, or not for F.conv2d or F.linear: {', '.join(left)}")
@@ -1351,7 +1358,6 @@ def plan(model, example_inputs, budget, settings):
              and isinstance(m, (nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear))]
     if other:
         say(f"in full precision and outside the budget, as they are no Conv2d and no Linear: {', '.join(other)}")
-    kept = edge_bits(list(layers), settings.keep)
     device = next(model.parameters()).device                    # a layer was found, so there are parameters
     ends = [[[kept.get(name, end(c)) for name in layers] for c in (settings.candidates_w, settings.candidates_a)]
             for end in (min, max)]
@@ -1359,7 +1365,7 @@ def plan(model, example_inputs, budget, settings):
 
 
 class Search:
-    """A supernet on its way to a policy: step(x, y) as often as wanted, policy() at any time.
+    """A supernet on its way to a policy: step(x, y, loss_fn, done) for done = 0 … settings.steps − 1, policy() at any time.
 
     model: full-precision network (stays as it was). budget, kept: of plan(). batches: inputs to calibrate with.
     """
@@ -1395,34 +1401,31 @@ class Search:
     def _start(self):
         if self.settings.relaxation == "interpolate":
             return self._write(self.budget.uniform())
-        tilted = lambda t: torch.where(self.values > 0, -t * self.values, -math.inf)
+        most = self.budget.hi.new_tensor(50.0 * self.settings.tau)
+        free = (self.budget.lo < self.budget.hi)[..., None]                                     # the others at their most bits
+        tilted = lambda t: torch.where(self.values > 0, torch.where(free, -t, most) * self.values, -math.inf)
         expected = lambda t: (torch.softmax(tilted(t) / self.settings.tau, -1) * self.values).sum(-1)
-        t = self.budget.solve(lambda t: expected(t[..., None]), self.budget.hi.new_tensor(50.0 * self.settings.tau))
-        self._write_logits(tilted(t))
+        t = self.budget.solve(lambda t: expected(t[..., None]), most)
+        self._write(tilted(t))
 
     @torch.no_grad()
     def project(self):
         """Back onto the budget."""
         if self.settings.relaxation == "interpolate":
             return self._write(self.budget.project(self.bits()))
-        self._write_logits(self.budget.project_logits(self._logits(), self.values, self.settings.tau))
+        self._write(self.budget.project_logits(self._logits(), self.values, self.settings.tau))
 
-    def _write(self, bits):
-        pairs = [(q.beta, b) for row, column in zip(self.quantizers, bits) for q, b in zip(row, column.unbind())
-                 if len(q.bits) > 1]
+    def _write(self, values):
+        """β [2, L], or z [2, L, K], into the quantizers that have several candidates."""
+        pairs = [(q.beta, v) if hasattr(q, "beta") else (q.logits, v[:len(q.bits)])
+                 for row, vs in zip(self.quantizers, values) for q, v in zip(row, vs.unbind()) if len(q.bits) > 1]
         if pairs:
-            torch._foreach_copy_([beta for beta, _ in pairs], [b for _, b in pairs])
+            torch._foreach_copy_(*map(list, zip(*pairs)))
 
     def _logits(self):
         """z [2, L, K]; −∞ where a quantizer has fewer candidates, 0 for a single one."""
         rows = [q.logits.detach() if len(q.bits) > 1 else torch.zeros_like(q.steps) for row in self.quantizers for q in row]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-math.inf).view_as(self.values)
-
-    def _write_logits(self, logits):
-        for row, zs in zip(self.quantizers, logits):
-            for q, z in zip(row, zs):
-                if len(q.bits) > 1:
-                    q.logits.copy_(z[:len(q.bits)])
 
     def step(self, x, y, loss_fn, done):
         """One ASGA step and the projection; `done` steps came before it. Returns the log's record, tensors unread."""
@@ -1504,7 +1507,7 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
             if not count:
                 raise once
 
-    for done, (x, y) in enumerate(itertools.islice(stream(), settings.steps if settings.method != "uniform" else 0)):
+    for done, (x, y) in enumerate(itertools.islice(stream(), settings.steps)):
         record = run.step(move(x), move(y), loss_fn, done)
         if on_step:
             on_step(done, record)
@@ -2112,7 +2115,7 @@ class Run:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         return state["step"], state["seconds"]
 
-    def done(self, phase):
+    def finish(self, phase):
         """The phase's result is written: its checkpoint can go."""
         (self.out / f"{phase}.ckpt").unlink(missing_ok=True)
 
@@ -2189,14 +2192,14 @@ class Pretraining(Training):
     fp_epochs: int = option(20, "epochs of the full-precision training that comes first without --weights, or where the "
                                 "classifier of --weights has other classes")
     fp_lr: float = option(0.1, "its learning rate; a tenth of it with --weights")
+    cost_resolution: int = option(0, "side at which MACs are counted: that of deployment (default: 224 for torchvision "
+                                  "models, else --resolution)")
 
 
 @dataclasses.dataclass
 class SearchConfig(SearchSettings, Pretraining):
     """Flags of search."""
     budget: str = option("3bit", BUDGET_HELP + "; join two with a comma")
-    cost_resolution: int = option(0, "side at which MACs are counted: that of deployment (default: 224 for torchvision "
-                                  "models, else --resolution)")
     random_weights: bool = option(False, "search from random weights (not recommended)")
 
 
@@ -2205,7 +2208,6 @@ class TransferConfig(Pretraining):
     """Flags of transfer."""
     policy: str = option("", "policy.json of a search", positional=True)
     arch: str = option("", "default: the policy's")
-    cost_resolution: int = option(0, "side at which MACs are counted (default: 224 for torchvision models, else --resolution)")
     epochs: int = option(5, "epochs of quantization-aware tuning")
     lr: float = option(0.01, "learning rate of weights and quantizer steps (SGD with momentum 0.9, cosine to zero)")
     weight_decay: float = option(1e-4, "weight decay of convolution and matrix weights")
@@ -2289,7 +2291,7 @@ class Job:
         self.model = build(cfg.arch, len(self.data.classes)).to(self.device, memory_format=torch.channels_last)
         check_network(self.model, cfg.arch, len(self.data.classes), self.resolution, self.device,
                       batch=min(cfg.batch_size, len(self.train), 2))
-        self.cost_resolution = getattr(cfg, "cost_resolution", 0) or (
+        self.cost_resolution = getattr(cfg, "cost_resolution", self.resolution) or (
             224 if is_torchvision(cfg.arch) else self.resolution)
         self.example = check_network(self.model, cfg.arch, len(self.data.classes), self.cost_resolution, self.device)
         self.fresh_head = bool(cfg.weights) and load_weights(self.model, cfg.arch, cfg.weights, self.data.classes)
@@ -2360,7 +2362,7 @@ class Job:
         torch.manual_seed(cfg.seed)
         seconds = self.tune(self.model, "weights", cfg.fp_epochs, cfg.fp_lr / (10 if cfg.weights else 1), 5e-4, warmup=0.1)
         self.save(kept, self.model, seconds=round(seconds, 3))
-        self.run.done("weights")
+        self.run.finish("weights")
         say(f"full-precision weights: {seconds:.0f} s, kept in {kept} for --weights")
         return seconds
 
@@ -2383,14 +2385,14 @@ def show_policy(policy, budget):
     """The table of layers, and what the policy costs."""
     print(table([(name, human(policy.sizes[name].macs), w, a) for name, (w, a) in policy.layers.items()],
                 ("layer", "MACs", "w bits", "a bits")))
-    reference = [row[free].mean().item() for row, free in zip(budget.uniform(), budget.lo < budget.hi)]
+    reference = budget.uniform()[:, ~budget.kept].mean(1).tolist()
     w, a = policy.mean_bits
     limits = ", ".join(f"{human(v)} BOPs" if k == "bops" else f"{human(v / 8)}B" for k, v in budget.limits.items())
     spent = budget.spent(torch.tensor(list(policy.layers.values()), device=budget.lo.device).t()).item()
     print(f"cost               {human(policy.bops)} BOPs (Σ MACs·w·a), {human(policy.weight_bits / 8)}B of weights")
     print(f"budget             {budget.spec} = {limits}; {100 * spent:.2f} % spent")
     print(f"mean bits          w {w:.2f}, a {a:.2f} (weighted by MACs, first and last layer included)")
-    print("uniform reference  " + "/".join("fixed" if math.isnan(b) else f"{b:.2f}" for b in reference) + " bits (w/a)")
+    print("uniform reference  " + "/".join("fixed" if math.isnan(b) else f"{b:.2f}" for b in reference) + " bits (w/a) in the searched layers")
 
 
 def cmd_search(cfg):
@@ -2413,10 +2415,9 @@ def cmd_search(cfg):
     torch.manual_seed(cfg.seed)
     began = time.monotonic()
     run = Search(job.model, budget, kept, cfg, job.inputs(4))
-    steps = 0 if cfg.method == "uniform" else cfg.steps
     seconds = time.monotonic() - began
-    if steps:
-        seconds += job.run.loop("search", steps, job.stream(),
+    if cfg.steps:
+        seconds += job.run.loop("search", cfg.steps, job.stream(),
                                 lambda x, y, done: run.step(x, y, F.cross_entropy, done), {"search": run},
                                 lambda r: {"loss": f"{r['loss']:.4f}", "cost": f"{human(r['expected_cost'])}BOPs"})
     policy = run.policy(
@@ -2435,12 +2436,12 @@ def cmd_search(cfg):
     job.save(out / "supernet.pt", run.net, form="asga-supernet")
     write_json(out / "metrics.json", metrics)
     policy.save(out / "policy.json")
-    job.run.done("search")
+    job.run.finish("search")
     show_policy(policy, budget)
     print(f"accuracy           {metrics['full_precision']['accuracy']:.2f} % full precision, "
           f"{metrics['supernet']['accuracy']:.2f} % supernet, "
           f"{metrics['policy']['accuracy']:.2f} % the policy, taken from it without tuning ({job.data.name}, val)")
-    print(f"search time        {seconds:.1f} s ({steps} steps; full-precision training {fp_seconds:.1f} s apart)")
+    print(f"search time        {seconds:.1f} s ({cfg.steps} steps; full-precision training {fp_seconds:.1f} s apart)")
     print(f"peak memory        {peak_memory(job.device)}")
     print(f"next               {job.command('transfer', out / 'policy.json')} --data DIR")
 
@@ -2470,7 +2471,7 @@ def cmd_transfer(cfg):
     out = job.run.out
     job.save(out / "model.pt", net, policy)
     write_json(out / "metrics.json", metrics)
-    job.run.done("transfer")
+    job.run.finish("transfer")
     rows = [(label, f"{metrics[key]['accuracy']:.2f} %", f"{metrics[key]['loss']:.4f}") for label, key in
             (("full precision", "full_precision"), ("quantized", "quantized"), ("tuned", "tuned"))]
     print(table(rows, (f"{cfg.arch} on {job.data.name} (val)", "accuracy", "cross-entropy")))
@@ -2490,7 +2491,7 @@ def cmd_train(cfg):
     metrics = {"full_precision": job.evaluate(job.model), "seconds": round(seconds, 3)}
     job.save(job.run.out / "model.pt", job.model)
     write_json(job.run.out / "metrics.json", metrics)
-    job.run.done("train")
+    job.run.finish("train")
     print(f"accuracy  {metrics['full_precision']['accuracy']:.2f} % ({job.data.name}, val), {seconds:.1f} s")
     size = ["--resolution", cfg.resolution] if cfg.resolution else []
     print(f"next      {job.command('search', '--arch', cfg.arch, *size, '--weights', job.run.out / 'model.pt', '--data')}")
@@ -2509,11 +2510,11 @@ def cmd_eval(cfg):
         raise AsgaError(f"{cfg.model} knows the classes {', '.join(state['classes'])[:80]}; --data {cfg.data} "
                         f"{cfg.classes and '--classes ' + cfg.classes} has {', '.join(data.classes)[:80]}")
     model = build(state["arch"], len(data.classes)).to(device, memory_format=torch.channels_last)
-    if state["policy"]:
-        model = attach_quantizers(model, Policy.from_json(state["policy"], cfg.model).choices)
     try:
+        if state["policy"]:
+            model = attach_quantizers(model, Policy.from_json(state["policy"], cfg.model).choices)
         model.load_state_dict(state["state"])
-    except RuntimeError as error:
+    except (KeyError, RuntimeError) as error:                                    # KeyError: no such layer any more
         raise AsgaError(f"{cfg.model} does not fit {state['arch']} as it is now: {str(error).splitlines()[-1].strip()}")
     data.val.size = min(data.size or state["resolution"], state["resolution"])
     metrics = evaluate(model, data.val, state["resolution"], device)
@@ -2576,7 +2577,8 @@ def main(argv=None):
         print(f"asga: error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"asga: error: out of memory ({str(error).splitlines()[0]}): lower --batch-size or --resolution", file=sys.stderr)
+        remedy = "lower --batch-size or --resolution" if hasattr(cfg, "batch_size") else "give --device cpu"
+        print(f"asga: error: out of memory ({str(error).splitlines()[0]}): {remedy}", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as stop:
         out = getattr(cfg, "out", "")

@@ -11,11 +11,13 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 
@@ -308,7 +310,7 @@ def test_impossible_bits_are_refused(bits):
         Quantizer(bits, True)
 
 
-@pytest.mark.parametrize("make", [lambda: [torch.randn(3000) * 10, torch.rand(3000)], lambda: [torch.rand(3000) * 10, torch.rand(3000)],
+@pytest.mark.parametrize("make", [lambda: [torch.randn(3000) * 10, torch.rand(3000)], lambda: [torch.rand(3000), torch.rand(3000) * 10], lambda: [torch.rand(3000) * 10, torch.rand(3000)],
                                   lambda: [torch.cat([torch.rand(70_000) * 1e-3, torch.rand(70_000)])],
                                   lambda: [torch.cat([torch.rand(10_000) * 1e-3, torch.rand(10_000)])]])
 
@@ -316,7 +318,8 @@ def test_impossible_bits_are_refused(bits):
 def test_calibration_counts_all_that_it_was_shown(make):
     batches = make()
     q, draws = Quantizer(8), torch.get_rng_state()
-    asga.calibrate(nn.Sequential(q), batches)
+    for _ in range(2):                                                # the second time as if it were the first
+        asga.calibrate(nn.Sequential(q), batches)
     seen = torch.cat(batches)
     signed = bool((seen < 0).any())
     assert bool(q.grid[1] < 0) == signed and mse(seen, q.steps.item(), *levels(8, signed)) <= 1.05 * least_mse(seen, *levels(8, signed))
@@ -1129,7 +1132,7 @@ def test_small_half_precision_gradients_do_not_vanish_in_products():
     for dtype in (torch.float32, torch.float16):
         w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=dtype))
         optimizer = ASGA([w], torch.optim.SGD, lr=1.0, rho_min=0.5, rho_max=0.5, alpha=0.0)
-        optimizer.step(closure_of(optimizer, lambda: 1e-4 * (w.float() * torch.tensor([1.0, 0.5, 0.1])).square().sum()))
+        optimizer.step(closure_of(optimizer, lambda: 1e-5 * (w.float() * torch.tensor([1.0, 0.5, 0.1])).square().sum()))
         cos.append(optimizer.last["cos"].item())
     assert cos[1] == pytest.approx(cos[0], abs=0.05) and cos[0] > 0.9
 
@@ -1296,7 +1299,7 @@ def test_budget_units():
     lo, hi = torch.tensor([[8.0, 4, 4, 4], [8, 2, 2, 2]]), torch.tensor([[8.0, 4, 4, 4], [8, 8, 8, 8]])
     single = asga.Budget("3bit", LAYERS, lo, hi, ("a",))                     # 3/3, whatever the only candidate for w is
     assert single.limits == make_budget("3bit").limits and make_budget("1700B").limits == {"weight_bits": 13600}
-    for bad in ("", "3", "3 furlongs", "-3bit", "0bit", "nanbit", "3bit,7K", "1e999G", "bit", "3bit;2KB"):
+    for bad in ("", "3", "3 furlongs", "-3bit", "0bit", "nanbit", "3bit,7K", "3qb", "1e999G", "bit", "3bit;2KB"):
         with pytest.raises(AsgaError):
             make_budget(bad)
     for infeasible in ("1bit", "1K", "0.2KB", "0.001x"):
@@ -1343,6 +1346,17 @@ def test_a_size_budget_leaves_activations_at_their_best():
     bits = make_budget("2KB").uniform()
     assert size(bits) == pytest.approx(16000, rel=1e-6) and (bits[1] == 8).all()
     assert torch.equal(make_budget("2KB").project(bits)[1], bits[1])
+    low = bits.clone()
+    low[1] = 3                                                        # whatever the gradients of the loss did to them
+    assert (make_budget("2KB").project(low)[1] == 8).all()
+
+
+@pytest.mark.parametrize("relaxation", ["interpolate", "softmax"])
+def test_a_search_for_a_size_keeps_activations_at_their_most_bits(relaxation):
+    policy = search(Handmade(), toy_batches(), F.cross_entropy, "0.85KB", steps=3, lr_beta=50.0, relaxation=relaxation,
+                    candidates_w=(2, 3, 4), candidates_a=(2, 5, 6))
+    inner = list(policy.layers.values())[1:-1]
+    assert all(a == 6 for _, a in inner) and {w for w, _ in inner} - {4} and policy.weight_bits <= 6800
 
 
 def test_softmax_projection_meets_the_budget():
@@ -1407,6 +1421,24 @@ def test_knapsack_of_real_networks_is_exact_and_spends_the_budget(arch):
         spent = max([bops(bits, layers) / budget.limits["bops"]] + ([size(bits, layers) / budget.limits["weight_bits"]]
                                                                      if "weight_bits" in budget.limits else []))
         assert 0.99 <= spent <= 1
+
+
+@needs_torchvision
+def test_knapsack_with_two_tight_bounds_has_a_tight_lower_bound_and_is_soon_done():
+    layers, draw = asga.trace(asga.build("mobilenet_v2", 10), torch.zeros(1, 3, 64, 64)), random.Random(0)
+    options = [[(8, 8)] if n in (list(layers)[0], list(layers)[-1]) else list(itertools.product(asga.CANDIDATES, repeat=2)) for n in layers]
+    wish = [(draw.uniform(2, 6), draw.uniform(2, 6)) for _ in layers]
+    values = [torch.tensor([(w - bw) ** 2 + (a - ba) ** 2 for w, a in o]).double() for o, (bw, ba) in zip(options, wish)]
+    costs = [torch.tensor([[c.macs * w * a, c.numel * w] for w, a in o]) for o, c in zip(options, layers.values())]
+    even = [o.index((8, 8) if len(o) == 1 else (3, 3)) for o in options]
+    limits = sum(c[i] for c, i in zip(costs, even)).tolist()
+    start = time.perf_counter()
+    picks = asga.knapsack(values, costs, limits)
+    assert time.perf_counter() - start < 20
+    best, (bound, excess) = sum(v[i].item() for v, i in zip(values, picks)), asga.lagrangian(values, costs, torch.tensor(limits), 0.99)
+    spent = sum(c[i] for c, i in zip(costs, picks)) / torch.tensor(limits)
+    assert 0.99 * best < bound <= best + 1e-9 and 0.99 <= spent.max() <= 1
+    assert bound + sum(e[i].item() for e, i in zip(excess, picks)) <= best + 1e-6               # excess is never too large
 
 
 def test_budget_units_are_powers_of_ten_and_macs_are_exact():
@@ -1545,6 +1577,8 @@ def test_each_way_a_policy_file_can_be_wrong_has_its_own_message(tmp_path):
     broken(lambda d: d.update(format="onnx"))
     broken(lambda d: d.update(version=2))
     broken(lambda d: d.update(layers={}))
+    assert '"layers"' in broken(lambda d: d.update(layers=[1])) and messages.pop()
+    assert "macs" in broken(lambda d: d["layers"]["again"].update(macs=True)) and messages.pop()
     assert "17" in broken(lambda d: d["layers"]["again"].update(w=17))
     assert "'a'" in broken(lambda d: d["layers"]["again"].pop("a") and None)
     assert "macs" in broken(lambda d: d["layers"]["again"].update(macs=1.5))
@@ -1682,6 +1716,20 @@ def test_search_and_tuning_guard_the_steps():
     run.step(*toy_batches()[0], F.cross_entropy, 0)
     ratio = torch.cat([s.detach() for s in steps]) / before
     assert ratio.min() == 0.5 and ratio.max() <= 2
+
+
+def test_what_a_plan_says_and_does_not_say(capsys):
+    asga.plan(asga.ResNet20(), torch.zeros(1, 3, 32, 32), "3bit", asga.SearchSettings())
+    assert capsys.readouterr().err == ""                              # all its layers are quantized, its budget is a bound
+
+
+def test_settings_out_of_the_question_are_refused_before_any_work():
+    for name in ("method", "relaxation", "direction", "precision"):
+        with pytest.raises(AsgaError, match=f"unknown {name} 'foo': use one of"):
+            search(Handmade(), toy_batches(), F.cross_entropy, "3bit", **{name: "foo"})
+    assert asga.SearchSettings(method="uniform", steps=7).steps == 0          # recorded is what runs
+    with pytest.raises(AsgaError, match="steps 0"):
+        asga.SearchSettings(steps=0)
 
 
 def test_search_is_deterministic_and_refuses_nonsense():
@@ -2423,6 +2471,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
     refused(capsys, *base, "--weights", "none.pt", has="none.pt")
     refused(capsys, *base, "--weights", "none.pt", "--random-weights", has="one of them")
     refused(capsys, *base, "--frobnicate", has="frobnicate")
+    refused(capsys, *base, "--step", "3", has="--step")                         # no guesses at what a shortened flag means
     refused(capsys, "fly", has="fly")
     if not torch.cuda.is_available():
         refused(capsys, *base, "--device", "cuda", has="--device cuda")
@@ -2445,11 +2494,13 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
                                       "def picky(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(5, num_classes))\n"
                                       "class Nothing(nn.Linear):\n    def forward(self, x): return {}['logits']\n"
                                       "def nothing(num_classes): return Nothing(3, 3)\n"
+                                      "class Wordy(nn.Linear):\n    def forward(self, x): return 'cat'\n"
+                                      "def wordy(num_classes): return Wordy(3, 3)\n"
                                       "def lazy(num_classes): return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))\n"
                                       "def pairs(num_classes): return nn.Sequential(nn.Conv2d(3, 4, 32), nn.BatchNorm2d(4), nn.Flatten(),\n"
                                       "    nn.Linear(4, num_classes))\n")
     refused(capsys, *base, "--arch", "user.py:pairs", "--batch-size", "1", has="batch-size")
-    for function, word in (("nothing", "logits"), ("lazy", "lazy"), ("broken", "division"), ("number", "int"), ("wrong", "(1, 4)"), ("missing", "missing"), ("picky", "32x32")):
+    for function, word in (("nothing", "logits"), ("wordy", "returns str"), ("lazy", "lazy"), ("broken", "division"), ("number", "int"), ("wrong", "(1, 4)"), ("missing", "missing"), ("picky", "32x32")):
         refused(capsys, *base, "--arch", f"user.py:{function}", has=word)
     _, _, policy = handmade_policy()
     policy.save("p.json")
@@ -2613,10 +2664,17 @@ def test_uniform_between_whole_bits_draws_the_layers():
     assert all(set(list(policy("3bit", seed).layers.values())[1:-1]) == {(3, 3)} for seed in (0, 1))
 
 
-def test_what_commands_judge_and_how_they_train(tmp_path, monkeypatch):
+def test_what_commands_judge_and_how_they_train(tmp_path, monkeypatch, capsys):
     """Untuned networks get BatchNorm statistics of their own; each figure is of the network that it names; flags reach training."""
     seen, tuned, kinds, evaluate, tune, loss = [], [], set(), asga.evaluate, asga.Job.tune, asga.forward_loss
+    shown, calibrate = [], asga.calibrate
 
+    def observe(model, batches):
+        batches = list(batches)
+        shown.append(len(batches))
+        calibrate(model, batches)
+
+    monkeypatch.setattr(asga, "calibrate", observe)
     def judge(model, *more):
         candidates = max((len(m.bits) for m in model.modules() if isinstance(m, Quantizer)), default=0)
         seen.append((model.bn1.num_batches_tracked.item(), candidates, evaluate(model, *more)))
@@ -2636,6 +2694,7 @@ def test_what_commands_judge_and_how_they_train(tmp_path, monkeypatch):
                  ["transfer", f"{tmp_path}/search/policy.json", "--epochs", "1", "--lr", "0.003", "--weight-decay", "0.02", "--recompute",
                   "--precision", "bf16", *weights]):
         assert asga.main([*line, *common, "--out", f"{tmp_path}/{line[0]}"]) == 0
+    assert shown == [4, 4]                                            # of the search's network, of the transfer's
     assert [(batches, candidates) for batches, candidates, _ in seen] == [(8, 0)] + [(8, 0), (16, 6), (16, 1)] + [(8, 0), (16, 1), (16 + 8, 1)]
     written = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("train", "search", "transfer")]
     named = [(written[0], ["full_precision"]), (written[1], ["full_precision", "supernet", "policy"]),
@@ -2644,6 +2703,9 @@ def test_what_commands_judge_and_how_they_train(tmp_path, monkeypatch):
     assert tuned == [("train", 1, 0.1, 5e-4, set()), ("transfer", 1, 0.003, 0.02, {(True, False)})] and kinds == {"float32", "bf16"}
     assert asga.main(["search", "--steps", "1", *weights, *common, "--classes", "0-4", "--fp-epochs", "1", "--out", f"{tmp_path}/five"]) == 0
     assert tuned[2] == ("weights", 1, pytest.approx(0.01), 5e-4, set())                    # a fresh classifier: a tenth of the rate
+    capsys.readouterr()
+    for quantized in ("search/supernet.pt", "transfer/model.pt"):
+        refused(capsys, "search", "--weights", tmp_path / quantized, *common, "--out", tmp_path / "q", has="is a quantized network")
 
 
 def test_search_and_transfer_on_digits(digits_run):
@@ -2858,6 +2920,27 @@ def test_a_job_trains_on_the_images_and_by_the_flags_it_was_given(tiny, monkeypa
     assert torch.equal(weight(3), job.model[0].weight) and not torch.equal(weight(4), weight(3))
 
 
+def test_tables_are_aligned_and_the_next_command_keeps_its_data():
+    assert asga.table([("a", 1), ("long", 23)], ("layer", "w")) == "layer   w\na       1\nlong   23"
+    for root, more in (("data", ""), ("my sets", " --data-root 'my sets'")):
+        job = types.SimpleNamespace(cfg=asga.TrainConfig(data="cifar10", data_root=root, classes="0-4"))
+        assert asga.Job.command(job, "eval", Path("m.pt"), "--data") == f"python asga.py eval m.pt --data cifar10{more} --classes 0-4"
+
+
+def test_a_checkpoint_outlives_missing_versions_and_names_what_changed_in_the_network(tiny, tmp_path, capsys):
+    model, x = asga.build(tiny, 10), torch.zeros(1, 3, 32, 32)
+    sizes = asga.trace(model, x)
+    policy = Policy({name: (4, 4) for name in sizes}, sizes, {"arch": tiny})                 # made in Python: without "versions"
+    state = asga.quantize(model, policy, example_inputs=torch.rand(4, 3, 32, 32)).state_dict()
+    torch.save({"format": "asga-model", "arch": tiny, "classes": [str(i) for i in range(10)], "resolution": 32, "state": state,
+                "policy": policy.to_json()}, tmp_path / "m.pt")
+    code, out, err = run_main(capsys, "eval", tmp_path / "m.pt", "--data", "digits")
+    assert code == 0 and "quantized" in out, err
+    path = Path(tiny.rpartition(":")[0])
+    path.write_text(path.read_text() + "\n\nold = net\n\n\ndef net(num_classes):\n    import torch\n    return torch.nn.Sequential(old(num_classes))\n")
+    refused(capsys, "eval", tmp_path / "m.pt", "--data", "digits", has="as it is now")
+
+
 def test_what_main_says_when_stopped_out_of_memory_and_without_data(monkeypatch, capsys):
     def stopped(cfg):
         cfg.out, cfg.data = "runs/x", "digits"
@@ -2870,7 +2953,11 @@ def test_what_main_says_when_stopped_out_of_memory_and_without_data(monkeypatch,
     monkeypatch.setitem(asga.COMMANDS, "train", (full, asga.TrainConfig))
     code, out, err = run_main(capsys, "search", "--steps", "3")
     assert code == 130 and err.endswith("go on with: python asga.py search --steps 3 --out runs/x --data digits\n")
+    code, out, err = run_main(capsys, "search", "--data", "digits", "--out", "o")
+    assert code == 130 and err.endswith("go on with: python asga.py search --data digits --out o\n")
     refused(capsys, "train", has="--batch-size")
+    monkeypatch.setitem(asga.COMMANDS, "eval", (full, asga.EvalConfig))
+    refused(capsys, "eval", "model.pt", has="--device cpu")
     monkeypatch.undo()
     monkeypatch.setattr(asga.socket, "create_connection", lambda *a, **k: (_ for _ in ()).throw(OSError()))
     code, out, err = run_main(capsys, "search", "--data-root", "/nowhere", "--budget", "1bit")
@@ -2886,7 +2973,7 @@ def test_uniform_bits_take_no_search_and_the_table_shows_the_policy(tiny, tmp_pa
     rows = {r[0]: (int(r[2]), int(r[3])) for r in map(str.split, out.splitlines()) if len(r) == 4 and r[0] in data["layers"]}
     assert rows == {n: (e["w"], e["a"]) for n, e in data["layers"].items()} and any(w != a for w, a in rows.values())
     cost, limit = data["cost"]["bops"], data["budget"]["bops"]
-    assert f"{100 * cost / limit:.2f} % spent" in out and f"w {data['cost']['mean_w']:.2f}, a {data['cost']['mean_a']:.2f}" in out
+    assert f"budget             4bit = {asga.human(limit)} BOPs; {100 * cost / limit:.2f} % spent" in out and f"w {data['cost']['mean_w']:.2f}, a {data['cost']['mean_a']:.2f}" in out
     assert f"{asga.human(data['cost']['weight_bits'] / 8)}B of weights" in out and data["search"]["seed"] == 5
 
 
@@ -2896,6 +2983,7 @@ def test_eval_repeats_the_figures_of_training_and_broken_pictures_show_first(tin
     code, out, err = run_main(capsys, "train", "--arch", tiny, "--data", root, "--resolution", "12", "--epochs", "1", "--batch-size", "8", "--no-compile", "--out", tmp_path / "t")
     assert code == 0, err
     figures = json.loads((tmp_path / "t/metrics.json").read_text())["full_precision"]
+    assert "differ in size" not in err and f"--resolution 12 --weights {tmp_path}/t/model.pt --data {root}\n" in out
     code, out, err = run_main(capsys, "eval", tmp_path / "t/model.pt", "--data", root)
     assert code == 0 and f"{figures['accuracy']:.2f} %  cross-entropy {figures['loss']:.4f}" in out and "12 px" in out, out + err
     (root / "val/dog/3.png").write_bytes((root / "val/dog/3.png").read_bytes()[:200])

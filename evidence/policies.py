@@ -138,7 +138,7 @@ def main():
     if not searched:
         policy.layers = budget.choose(penalties)
     policy.save(Path(args.out) / "policy.json")
-    job.run.done("search")
+    job.run.finish("search")
     print(f"{args.method}: {asga.human(policy.bops)} BOPs for the budget {args.budget}, mean bits w {policy.mean_bits[0]:.2f} "
           f"a {policy.mean_bits[1]:.2f}, {seconds:.1f} s, {Path(args.out) / 'policy.json'}")
 
