@@ -1299,7 +1299,7 @@ def test_budget_units():
     lo, hi = torch.tensor([[8.0, 4, 4, 4], [8, 2, 2, 2]]), torch.tensor([[8.0, 4, 4, 4], [8, 8, 8, 8]])
     single = asga.Budget("3bit", LAYERS, lo, hi, ("a",))                     # 3/3, whatever the only candidate for w is
     assert single.limits == make_budget("3bit").limits and make_budget("1700B").limits == {"weight_bits": 13600}
-    for bad in ("", "3", "3 furlongs", "-3bit", "0bit", "nanbit", "3bit,7K", "3qb", "1e999G", "bit", "3bit;2KB"):
+    for bad in ("", "3", "3 furlongs", "-3bit", "0bit", "nanbit", "3bit,7K", "3000qb", "1e999G", "bit", "3bit;2KB"):
         with pytest.raises(AsgaError):
             make_budget(bad)
     for infeasible in ("1bit", "1K", "0.2KB", "0.001x"):
