@@ -2235,7 +2235,7 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:                         # AssertionError: torch without CUDA
         raise AsgaError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): use --device cpu")
     return device
 

@@ -281,8 +281,6 @@ def least_mse(x, n, p):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("make", [lambda: torch.randn(4000), lambda: torch.randn(4000).relu(),
                                   lambda: torch.cat([torch.randn(4000), torch.tensor([60.0])])])
-
-
 def test_calibration_finds_the_mse_optimal_step(bits, make):
     x = make()
     q = Quantizer(bits)
@@ -313,8 +311,6 @@ def test_impossible_bits_are_refused(bits):
 @pytest.mark.parametrize("make", [lambda: [torch.randn(3000) * 10, torch.rand(3000)], lambda: [torch.rand(3000), torch.rand(3000) * 10], lambda: [torch.rand(3000) * 10, torch.rand(3000)],
                                   lambda: [torch.cat([torch.rand(70_000) * 1e-3, torch.rand(70_000)])],
                                   lambda: [torch.cat([torch.rand(10_000) * 1e-3, torch.rand(10_000)])]])
-
-
 def test_calibration_counts_all_that_it_was_shown(make):
     batches = make()
     q, draws = Quantizer(8), torch.get_rng_state()
@@ -795,8 +791,6 @@ def test_no_radius_and_no_alignment_is_the_base_optimizer_bit_for_bit(base, step
 
 @pytest.mark.parametrize("project,adaptive,rho,alpha", [(True, True, 0.3, 0.05), (False, False, 0.1, 0.0),
                                                          (True, False, 4.0, 0.01), (True, True, 0.02, 0.5)])
-
-
 def test_two_steps_on_a_quadratic_equal_the_closed_form(project, adaptive, rho, alpha):
     A, b, start = quadratic()
     theta, lr, seen = nn.Parameter(start.clone()), 0.1, []
@@ -1652,8 +1646,6 @@ def toy_batches(n=6):
 @pytest.mark.parametrize("kw", [{}, {"relaxation": "softmax"}, {"method": "sam"}, {"method": "sagm"}, {"method": "joint"},
                                 {"method": "uniform"}, {"candidates_w": (4,), "candidates_a": (2, 3, 8)},
                                 {"relaxation": "softmax", "tau": 0.3}])
-
-
 def test_search_keeps_the_budget_at_every_step_and_in_the_policy(kw):
     model = Handmade()
     before, spent = copy.deepcopy(model.state_dict()), []
@@ -1819,8 +1811,6 @@ def test_batches_of_any_structure(mask):
 
 @pytest.mark.parametrize("method,ran", [("sam", {"alpha": 0.0, "adaptive": False, "project": False, "direction": "perturbed"}),
                                         ("joint", {"rho_max": 0.0, "alpha": 0.0}), ("asga", {"alpha": 0.5, "adaptive": True})])
-
-
 def test_the_policy_records_the_settings_that_ran(method, ran):
     settings = search(Handmade(), toy_batches(), F.cross_entropy, "3bit", steps=1, method=method, alpha=0.5).info["search"]["settings"]
     assert ran.items() <= settings.items()
@@ -1866,8 +1856,6 @@ def test_the_log_has_weights_first_and_then_activations():
 @pytest.mark.parametrize("method,rho_min,rho_max,alpha,adaptive,project,direction", [
     ("asga", 0.01, 0.2, 0.03, True, True, "mean"), ("sagm", 0.01, 0.2, 0.03, False, False, "mean"),
     ("sam", 0.01, 0.2, 0.0, False, False, "perturbed"), ("joint", 0.0, 0.0, 0.0, True, True, "mean")])
-
-
 def test_each_method_is_the_optimizer_that_its_name_says(method, rho_min, rho_max, alpha, adaptive, project, direction):
     optimizer = started(method=method, rho_min=0.01, rho_max=0.2, alpha=0.03).optimizer
     assert (optimizer.rho_min, optimizer.rho_max, optimizer.alpha) == (rho_min, rho_max, alpha)
@@ -2200,8 +2188,6 @@ class Waits(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("kw", [{}, {"relaxation": "softmax"}, {"method": "joint"}, {"method": "sam"}, {"precision": "bf16"},
                                 {"recompute": True}])
-
-
 def test_a_search_step_never_waits_for_the_device(kw):
     x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 7
     chosen = asga.SearchSettings(steps=10, **kw)
@@ -2674,7 +2660,6 @@ def test_what_commands_judge_and_how_they_train(tmp_path, monkeypatch, capsys):
         shown.append(len(batches))
         calibrate(model, batches)
 
-    monkeypatch.setattr(asga, "calibrate", observe)
     def judge(model, *more):
         candidates = max((len(m.bits) for m in model.modules() if isinstance(m, Quantizer)), default=0)
         seen.append((model.bn1.num_batches_tracked.item(), candidates, evaluate(model, *more)))
@@ -2685,6 +2670,7 @@ def test_what_commands_judge_and_how_they_train(tmp_path, monkeypatch, capsys):
         tuned.append((phase, epochs, lr, weight_decay, {(layer.recompute, layer.learn_image_step) for layer in layers}))
         return tune(job, model, phase, epochs, lr, weight_decay, warmup)
 
+    monkeypatch.setattr(asga, "calibrate", observe)
     monkeypatch.setattr(asga, "evaluate", judge)
     monkeypatch.setattr(asga.Job, "tune", train)
     monkeypatch.setattr(asga, "forward_loss", lambda net, x, y, fn, precision: kinds.add(precision) or loss(net, x, y, fn, precision))
