@@ -40,6 +40,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 __version__ = "0.1.0"
 CANDIDATES = (2, 3, 4, 5, 6, 8)          # bitwidths that a search chooses from
@@ -289,13 +290,18 @@ class Operands(torch.overrides.TorchFunctionMode):
         if weight.shape != layer.operand_shape:
             return func(*args, **kwargs)
         self.used = True
-        with torch._C.DisableTorchFunction():                  # a layer that holds other layers must not see their calls
-            fixed = not (layer.learn_image_step or x.requires_grad) and len(layer.input_quantizer.bits) == 1
-            with torch.no_grad() if fixed else contextlib.nullcontext():
-                quantized = layer.input_quantizer(x)
-            operands = quantized, layer.weight_quantizer(weight)
-            with Recomputed(operands) if layer.recompute and Recomputed.possible() else contextlib.nullcontext():
-                out = func(*operands, **names)
+        fixed = not (layer.learn_image_step or x.requires_grad) and len(layer.input_quantizer.bits) == 1
+
+        def product(x, weight):
+            with torch._C.DisableTorchFunction():              # a layer that holds other layers must not see their calls
+                with torch.no_grad() if fixed else contextlib.nullcontext():
+                    quantized = layer.input_quantizer(x)
+                return func(quantized, layer.weight_quantizer(weight), **names)
+
+        if layer.recompute:                                    # the quantized operands live no longer than the product
+            out = checkpoint(product, x, weight, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = product(x, weight)
         if layer.tally is not None:
             layer.tally(out.numel() * weight[0].numel())
         return out
@@ -497,8 +503,9 @@ def attach_quantizers(model, choices, relaxation="interpolate", tau=1.0):
 
 
 def set_training(net, recompute=False):
-    """How our own loops train a quantized network. recompute: see Recomputed. Where a layer's input needs no gradient (images)
-    and has one bitwidth, its step stays as calibrated: to learn it takes the gradient by the images, which nothing else needs.
+    """How our own loops train a quantized network. recompute: layers keep their plain operands and quantize them again in the
+    backward pass. Where a layer's input needs no gradient (images) and has one bitwidth, its step stays as calibrated: to
+    learn it takes the gradient by the images, which nothing else needs.
     """
     for layer in quantized_layers(net).values():
         layer.recompute, layer.learn_image_step = recompute, False
@@ -569,7 +576,7 @@ def update_statistics(model, batches):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Fast paths of quantizers and supernet: the same results, sooner or in less memory. Skip them at first reading.
+# Fast paths of quantizers and supernet: the same results, sooner. Skip them at first reading.
 # ----------------------------------------------------------------------------------------------------------------------
 
 class Fused:
@@ -644,34 +651,6 @@ class Prepared:
             torch.autograd.backward(*zip(*used))
             for p in idle:
                 p.grad = None
-
-
-class Recomputed(torch.autograd.graph.saved_tensors_hooks):
-    """While a convolution or matrix product runs: what it would keep of these quantized operands for the backward pass is
-    made again there, from the x that FakeQuantize keeps anyway."""
-
-    def __init__(self, operands):
-        nodes = {(q.data_ptr(), q.numel()): q.grad_fn for q in operands if type(q.grad_fn).__name__ == "FakeQuantizeBackward"}
-
-        def pack(t):
-            node = nodes.get((t.data_ptr(), t.numel()))
-            return t if node is None else (node, t.shape, t.stride())               # maybe flattened or transposed, but all of it
-
-        super().__init__(pack, self.again)
-
-    @staticmethod
-    @torch.no_grad()
-    def again(saved):
-        if torch.is_tensor(saved):
-            return saved
-        node, shape, stride = saved
-        with torch._C.DisableTorchFunction():                                         # as in the forward pass: the same kernel
-            return FakeQuantize.forward_kernel(*node.saved_tensors).as_strided(shape, stride)
-
-    @staticmethod
-    def possible():
-        """False where somebody outside decides already what is kept (checkpointing): tensors can be unpacked once only."""
-        return getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda tracing: None)(False) is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
