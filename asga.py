@@ -1801,7 +1801,7 @@ def normalize(images, resolution):
     x = (images.float() / 255 - mean) / std
     if x.shape[-1] != resolution:
         x = F.interpolate(x, size=resolution, mode="bilinear", align_corners=False)
-    return x.contiguous(memory_format=torch.channels_last)                # convolutions run faster so, on CPU and on CUDA
+    return x.contiguous(memory_format=torch.channels_last)                # what convolutions on CPU run fastest on
 
 
 def augment(images, flip, generator):
