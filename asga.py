@@ -194,6 +194,8 @@ class Quantizer(nn.Module):
         if not self.enabled or not x.numel():                       # nothing to round, as where an expert gets no tokens
             return x
         if x.is_nested:                                             # what nn.TransformerEncoder makes of padded batches in eval mode
+            if x.layout == torch.jagged:
+                return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), x.lengths())
             return torch.nested.as_nested_tensor([self(t) for t in x.unbind()])
         if self.sample is not None:                                 # calibration looks on, and changes nothing
             self.observe(x.detach())
@@ -279,7 +281,7 @@ class Operands(torch.overrides.TorchFunctionMode):
 
     def __init__(self, layer):
         super().__init__()
-        self.layer, self.used = layer, False
+        self.layer = layer
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -289,7 +291,7 @@ class Operands(torch.overrides.TorchFunctionMode):
         x, weight, layer = names.pop("input"), names.pop("weight"), self.layer
         if weight.shape != layer.operand_shape:
             return func(*args, **kwargs)
-        self.used = True
+        layer.multiplied = True
         fixed = not (layer.learn_image_step or x.requires_grad) and len(layer.input_quantizer.bits) == 1
 
         def product(x, weight):
@@ -311,11 +313,12 @@ class QuantizedLayer:
     """Mixed into the class of a layer (see `twin`): same weight, same state-dict keys, same forward, quantized operands."""
 
     tally, recompute, learn_image_step = None, False, True                          # see trace, and set_training
+    multiplied = False                                          # ever: stochastic depth may leave a layer out
 
     def forward(self, *args, **kwargs):
-        with Operands(self) as operands:
+        with Operands(self):
             out = super().forward(*args, **kwargs)
-        if not operands.used and self.tally is None and self.weight_quantizer.enabled:
+        if not self.multiplied and self.tally is None and self.weight_quantizer.enabled:
             raise AsgaError(f"a {type(self).__mro__[2].__name__} does not multiply by its weight through F.conv2d or F.linear, so it "
                             f"cannot be quantized: give example_inputs, and it stays in full precision")
         return out
@@ -432,7 +435,7 @@ def trace(model, example_inputs):
 
 def edge_bits(names, keep):
     """{name: bits} of the layers that a search leaves alone. keep: an int, the bits of the first and the last layer;
-    {name: bits}; several names (8 bits each); or None, no layer.
+    {name: bits}; a name or several (8 bits each); or None, no layer.
     """
     if not names:
         raise AsgaError("the network uses no Conv2d and no Linear layer: there is nothing to quantize")
@@ -441,7 +444,9 @@ def edge_bits(names, keep):
     if isinstance(keep, int):
         kept = dict.fromkeys([names[0], names[-1]], keep)
     else:
-        kept = dict(keep) if isinstance(keep, dict) else dict.fromkeys(keep, 8)
+        if not isinstance(keep, (str, dict, list, tuple, set, frozenset)):
+            raise AsgaError(f"keep {keep!r} is not understood: give bits, names of layers, {{name: bits}}, or None")
+        kept = dict(keep) if isinstance(keep, dict) else dict.fromkeys([keep] if isinstance(keep, str) else keep, 8)
     for name, bits in kept.items():
         check_bits((bits,), "keep: ")
         if name not in names:
@@ -962,23 +967,26 @@ class ASGA(torch.optim.Optimizer):
         if closure is None:
             raise ValueError("ASGA takes two passes a step: give step() a closure that returns the loss")
         closure = torch.enable_grad()(closure)
+        dense = lambda t: t.to_dense() if t.is_sparse else t
+        wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))           # half precisions overflow in norms and products
+        length = lambda tensors: torch.nn.utils.get_total_norm([wide(t) for t in tensors])
         params = [p for group in self.param_groups for p in group["params"]]
         draws = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in {p.device for p in params if p.is_cuda}]
         loss = closure()
         if loss is None:
             raise ValueError("the closure returned nothing: it clears gradients, runs forward and backward, and returns the loss")
-        loss = torch.as_tensor(loss).detach()
-        grad = {p: p.grad for p in params if p.grad is not None}                                             # 1: g
+        loss = torch.as_tensor(loss).detach().reshape(())
+        # 1: g; of views (of a bucket of DistributedDataParallel) a copy, as the second pass writes there
+        grad = {p: dense(p.grad.clone() if p.grad._is_view() else p.grad) for p in params if p.grad is not None}
         moved = [p for group in self.param_groups if group.get("perturb", True) for p in group["params"] if p in grad]
         if not moved or self.rho_max == self.alpha == 0:
-            norm = torch.nn.utils.get_total_norm(grad.values())
+            norm = length(grad.values())
             self.last = dict(loss=loss, perturbed_loss=loss, gap=loss - loss, rho=torch.zeros_like(norm), grad_norm=norm,
                              cos=torch.ones_like(norm), projected=torch.zeros_like(norm, dtype=torch.bool))
             self.base.step()
             return loss
 
-        wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))           # half precisions underflow in products
-        norm = wide(torch.nn.utils.get_total_norm([grad[p] for p in moved]))
+        norm = length([grad[p] for p in moved])
         rho = self.rho = self.rho.to(norm)
         scale = torch.where(norm > 0, rho / norm, 0) - self.alpha
         if [(b.shape, b.dtype, b.device) for b in self.backup] != [(p.shape, p.dtype, p.device) for p in moved]:
@@ -988,16 +996,16 @@ class ASGA(torch.optim.Optimizer):
             p.grad = None
         try:                                                                                               # 2: g_p
             torch._foreach_add_(moved, torch._foreach_mul([grad[p] for p in moved], scale))
-            perturbed_loss = torch.as_tensor(self._second_pass(closure, draws)).detach()
+            perturbed_loss = torch.as_tensor(self._second_pass(closure, draws)).detach().reshape(())
         finally:
             torch._foreach_copy_(moved, self.backup)
 
         both = [p for p in params if p in grad or p.grad is not None]           # no gradient in one of the passes: zero
         g = [grad[p] if p in grad else torch.zeros_like(p) for p in both]
-        g_p = [p.grad if p.grad is not None else torch.zeros_like(p) for p in both]
+        g_p = [dense(p.grad) if p.grad is not None else torch.zeros_like(p) for p in both]
         dot = torch.stack([(wide(a) * wide(b)).sum() for a, b in zip(g_p, g)]).sum()                                         # ⟨g_p, g⟩
-        square = (norm if len(moved) == len(g) else wide(torch.nn.utils.get_total_norm(g))).square()
-        length = square.sqrt() * torch.nn.utils.get_total_norm(g_p)
+        square = (norm if len(moved) == len(g) else length(g)).square()
+        product = square.sqrt() * length(g_p)                                                                # ‖g‖ · ‖g_p‖
         conflict = (dot < 0) & (square > 0)
         against = torch.where(conflict & self.project, dot / square, 0)                  # ⟨g_p, g⟩/‖g‖², where it is negative
         share = 1.0 if self.direction == "mean" else 0.0                       # 3 and 4 at once: (g_p + (1 − against) · g)/2
@@ -1009,7 +1017,7 @@ class ASGA(torch.optim.Optimizer):
             p.grad = direction
         gap = perturbed_loss - loss                                                                          # 5: h
         self.last = dict(loss=loss, perturbed_loss=perturbed_loss, gap=gap, rho=rho, grad_norm=norm,
-                         cos=torch.where(length > 0, dot / length, 0), projected=conflict & self.project)
+                         cos=torch.where(product > 0, dot / product, 0), projected=conflict & self.project)
         self.base.step()
         if self.adaptive:
             self.rho = adaptive_radius(gap, self.rho_min, self.rho_max)
@@ -1049,7 +1057,7 @@ class ASGA(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         self.base.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self.param_groups, self.state = self.base.param_groups, self.base.state
-        self.rho = state_dict["rho"].clone()
+        self.rho = state_dict.get("rho", self.rho).clone()               # a plain base optimizer's state has none
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -577,6 +577,33 @@ def test_padded_batches_of_a_transformer():
         assert torch.equal(net(*inputs), exact)
 
 
+def test_jagged_batches_keep_their_layout():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.a(x) + x
+
+    rows, model = [torch.randn(2, 6), torch.randn(5, 6)], Net()
+    net = quantize(model, 4, keep=None, example_inputs=torch.cat(rows))
+    out = net(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    assert out.layout == torch.jagged
+    torch.testing.assert_close(out.values(), net(torch.cat(rows)))
+
+
+def test_a_layer_may_be_left_out_now_and_then():
+    class Skip(nn.Linear):
+        def forward(self, x):
+            return x if self.training else super().forward(x)
+
+    model, x = nn.Sequential(nn.Linear(4, 4), Skip(4, 4), nn.Linear(4, 2)), torch.randn(8, 4)
+    net = quantize(model, 4, example_inputs=x)
+    assert torch.equal(net.train()(x), net[2](net[0](x)))
+    assert len(search(model, [(x, torch.arange(8) % 2)], F.cross_entropy, "4bit", steps=2).layers) == 3
+
+
 def test_edge_layers_keep_and_unreached_layers():
     x = torch.randn(2, 3, 24, 24)
     bits = lambda net: {n: (l.weight_quantizer.bits, l.input_quantizer.bits) for n, l in asga.quantized_layers(net).items()}
@@ -589,6 +616,10 @@ def test_edge_layers_keep_and_unreached_layers():
         quantize(nn.ReLU(), 4)
     with pytest.raises(AsgaError, match="conv9"):
         quantize(Handmade(), 4, keep=["conv9"])
+    assert bits(quantize(Handmade(), 3, keep="again")) == bits(quantize(Handmade(), 3, keep=["again"]))
+    assert bits(quantize(Handmade(), 3, keep="again"))["again"] == ((8,), (8,))
+    with pytest.raises(AsgaError, match=r"keep 8\.0 is not understood"):
+        quantize(Handmade(), 4, keep=8.0)
     model = nn.Linear(4, 3)
     model.weight.data.abs_()                                 # weights are signed, whatever they are
     net = quantize(model, (2, 4), keep=None, example_inputs=torch.randn(2, 4), relaxation="softmax", tau=0.3)
@@ -1129,6 +1160,72 @@ def test_small_half_precision_gradients_do_not_vanish_in_products():
         optimizer.step(closure_of(optimizer, lambda: 1e-5 * (w.float() * torch.tensor([1.0, 0.5, 0.1])).square().sum()))
         cos.append(optimizer.last["cos"].item())
     assert cos[1] == pytest.approx(cos[0], abs=0.05) and cos[0] > 0.9
+
+
+def test_large_half_precision_gradients_have_a_finite_norm():
+    w = nn.Parameter(torch.ones(10000, dtype=torch.float16))
+    optimizer = ASGA([w], torch.optim.SGD, lr=1e-6, rho_min=0.5, rho_max=0.5, alpha=0.0)
+    optimizer.step(closure_of(optimizer, lambda: 1000 * w.float().sum()))
+    assert optimizer.last["grad_norm"].item() == pytest.approx(1e5, rel=1e-4) and optimizer.last["cos"].item() == pytest.approx(1, abs=1e-3)
+    optimizer = ASGA([w], torch.optim.SGD, lr=1e-6, rho_min=0.0, rho_max=0.0, alpha=0.0)
+    optimizer.step(closure_of(optimizer, lambda: 1000 * w.float().sum()))
+    assert optimizer.last["grad_norm"].item() == pytest.approx(1e5, rel=1e-4)
+
+
+def test_gradients_in_a_shared_buffer_as_of_distributed_training():
+    """DistributedDataParallel(gradient_as_bucket_view=True) hands out views, and writes the second pass into the same memory."""
+    ends = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(8, 4)
+        params, bucket = list(model.parameters()), torch.zeros(25)
+        optimizer = ASGA(params, torch.optim.SGD, lr=0.1, rho_min=0.5, rho_max=0.5, alpha=0.0)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            if shared:
+                for p, part in zip(params, bucket.split([p.numel() for p in params])):
+                    p.grad = part.view_as(p).copy_(p.grad)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        ends.append([*(p.detach().clone() for p in params), optimizer.last["cos"]])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_sparse_gradients_step_as_dense_ones(rho):
+    ends = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 4, sparse=sparse), nn.Linear(4, 1))
+        optimizer = ASGA(model.parameters(), torch.optim.SGD, lr=0.1, rho_min=rho, rho_max=rho, alpha=0.0)
+        for _ in range(3):
+            optimizer.step(closure_of(optimizer, lambda: model(torch.tensor([1, 2, 2])).square().sum()))
+        ends.append([*(p.detach().clone() for p in model.parameters()), optimizer.last["grad_norm"]])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_loss_of_one_element_and_the_state_of_a_plain_optimizer():
+    ends = []
+    for shape in ((), (1,)):
+        w = nn.Parameter(torch.tensor([3.0]))
+        optimizer = ASGA([w], torch.optim.SGD, lr=0.1, momentum=0.9, rho_min=0.005, rho_max=0.1, alpha=0.0)
+        for _ in range(3):
+            optimizer.step(closure_of(optimizer, lambda: w.square().reshape(shape)))
+        assert optimizer.rho.shape == ()
+        ends.append(w.item())
+    assert ends[0] == ends[1]
+    plain = torch.optim.SGD([w], lr=0.25, momentum=0.9)
+    w.grad = torch.tensor([2.0])
+    plain.step()
+    optimizer.rho.fill_(0.0625)
+    optimizer.load_state_dict(plain.state_dict())                                          # trained plainly, goes on with ASGA
+    assert optimizer.rho == 0.0625 and optimizer.param_groups[0]["lr"] == 0.25 and optimizer.state[w]["momentum_buffer"] == 2
 
 
 def test_the_optimizer_section_stands_alone(tmp_path):
