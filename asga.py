@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -1085,7 +1086,7 @@ def write_json(path, data):
 
     def lines(value, depth=0):
         if not spread(value, depth):
-            return json.dumps(value)
+            return json.dumps(value, default=lambda v: v.item())                        # numbers of numpy and torch
         pad = "  " * (depth + 1)
         return "{\n" + ",\n".join(f"{pad}{json.dumps(k)}: {lines(v, depth + 1)}" for k, v in value.items()) + f"\n{pad[2:]}}}"
 
@@ -1336,6 +1337,8 @@ def plan(model, example_inputs, budget, settings):
 
     example_inputs decide at which resolution MACs are counted: the one that will be deployed.
     """
+    if quantized_layers(model):
+        raise AsgaError("the network is quantized already: search on the original")
     layers = trace(model, example_inputs)
     kept = edge_bits(list(layers), settings.keep)
     left = [name for name in layers_of(model) if name not in layers]
@@ -1599,14 +1602,20 @@ def build(arch, num_classes):
     except AsgaError:
         raise
     except Exception as error:                                                   # whatever somebody's file can raise
-        raise AsgaError(f"arch {arch!r}: {type(error).__name__}: {error}; it must give a network when called with "
-                        f"num_classes={num_classes}")
+        raise AsgaError(f"arch {arch!r}: {type(error).__name__}: {' '.join(str(error).split())}; it must give a network when "
+                        f"called with num_classes={num_classes}")
     finally:
         sys.path.pop(0)
     if not isinstance(model, nn.Module):
         raise AsgaError(f"arch {arch!r} returned a {type(model).__name__}: it must return an nn.Module")
     layers_of(model)                                                              # refuses lazy ones
     return model
+
+
+def place(model, device):
+    """The model on the device, in the memory format of the images; torch refuses that where a tensor has five dimensions."""
+    flat = all(t.dim() < 5 for t in itertools.chain(model.parameters(), model.buffers()))
+    return model.to(device, memory_format=torch.channels_last) if flat else model.to(device)
 
 
 def check_network(model, arch, num_classes, resolution, device, batch=0):
@@ -1642,11 +1651,11 @@ def load_weights(model, arch, source, classes=()):
         if state.get("policy") or state.get("format") == "asga-supernet":
             raise AsgaError(f"{source} is a quantized network: give the full-precision weights that it came from")
         trained = state.get("classes", []) if state.get("format") == "asga-model" else []
-        for key in ("state", "state_dict", "model"):
+        for key in ("state", "state_dict", "model_state_dict", "model", "net"):
             state = state[key] if isinstance(state.get(key), dict) else state
     own = model.state_dict()
-    prefix = "" if any(key.startswith("module.") for key in own) else "module."                     # DataParallel's
-    state = {str(key).removeprefix(prefix): value for key, value in state.items() if torch.is_tensor(value)}
+    prefix = "" if any(key.startswith("module.") for key in own) else r"((module|_orig_mod)\.)*"                # parallel, averaged, compiled
+    state = {re.sub("^" + prefix, "", str(key)): value for key, value in state.items() if torch.is_tensor(value) and key != "n_averaged"}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unknown = [key for key in state if key not in own]
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
@@ -1715,7 +1724,8 @@ def read_image(path, look):
 
 
 def _ignore_interrupts(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                                       # Ctrl-C is for the main process
+    for s in (signal.SIGINT, signal.SIGTERM):                  # sent to the whole group: they are for the main process
+        signal.signal(s, signal.SIG_IGN)
 
 
 def _stack(images):
@@ -1847,7 +1857,7 @@ def class_subset(spec, count):
         first, _, last = part.partition("-")
         if int(last or first) < int(first):
             raise AsgaError(f"--classes {spec!r}: {part} runs backwards; write {last}-{first}")
-        chosen += range(int(first), int(last or first) + 1)
+        chosen += range(int(first), min(int(last or first), count) + 1)
     if max(chosen) >= count or len(set(chosen)) < len(chosen):
         raise AsgaError(f"--classes {spec!r}: the set has classes 0 to {count - 1}; name each once")
     return chosen
@@ -1998,6 +2008,8 @@ class Run:
         self.out = Path(out)
         settings, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, type(cfg)()))
         settings.pop("out", None)
+        files = {key: hashlib.sha256(Path(settings[key]).read_bytes()).hexdigest()[:16] for key in ("policy", "weights")
+                 if settings.get(key) and Path(settings[key]).is_file()}               # a name alone may hold something else by now
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             old = json.loads((self.out / "config.json").read_text()) if (self.out / "config.json").exists() else None
@@ -2013,7 +2025,11 @@ class Run:
             if old.get("command") != command or other:
                 what = f"{other[0]} {old['settings'][other[0]]!r}" if other else f"command {old.get('command')!r}"
                 raise AsgaError(f"--out {out} holds an unfinished run with {what}: give another folder, or delete it")
-        write_json(self.out / "config.json", {"command": command, "settings": settings, "versions": versions()})
+            for key, content in old.get("files", {}).items():
+                if content != files.get(key):
+                    raise AsgaError(f"--out {out} holds an unfinished run from another content of {settings[key]}: give another "
+                                    f"folder, or delete it")
+        write_json(self.out / "config.json", {"command": command, "settings": settings, "files": files, "versions": versions()})
 
     def loop(self, phase, total, stream, step, objects, report):
         """Run step(x, y, done) for each batch of stream(start) until `total`; returns the seconds that it took.
@@ -2024,6 +2040,8 @@ class Run:
         """
         checkpoint, log = self.out / f"{phase}.ckpt", self.out / ("log.jsonl" if phase != "weights" else "weights.jsonl")
         start, before = self._restore(checkpoint, objects)
+        if start > total:
+            raise AsgaError(f"{checkpoint} has done {start} steps of what are {total} now: the data have changed; give another --out")
         asked = []
         if start:
             say(f"going on with {phase} at step {start} of {total}")
@@ -2275,7 +2293,7 @@ class Job:
             self.train = self.train.subset(stratified(self.train.labels, cfg.images).nonzero()[:, 0])
         self.style = ("flip" if self.data.flip else "crop") if cfg.augment == "auto" else cfg.augment
         torch.manual_seed(cfg.seed)
-        self.model = build(cfg.arch, len(self.data.classes)).to(self.device, memory_format=torch.channels_last)
+        self.model = place(build(cfg.arch, len(self.data.classes)), self.device)
         check_network(self.model, cfg.arch, len(self.data.classes), self.resolution, self.device,
                       batch=min(cfg.batch_size, len(self.train), 2))
         self.cost_resolution = getattr(cfg, "cost_resolution", self.resolution) or (
@@ -2341,7 +2359,7 @@ class Job:
         cfg, kept = self.cfg, self.run.out / "weights.pt"
         if kept.exists():
             load_weights(self.model, cfg.arch, kept)
-            return read_checkpoint(kept)["seconds"]
+            return read_checkpoint(kept).get("seconds", 0.0)              # a file of the user's own has none
         if cfg.weights and not self.fresh_head:
             return 0.0
         say(f"{'the classifier is fresh: tuning' if cfg.weights else 'no --weights: training'} {cfg.arch} in full precision on "
@@ -2496,7 +2514,7 @@ def cmd_eval(cfg):
     if list(data.classes) != state["classes"]:
         raise AsgaError(f"{cfg.model} knows the classes {', '.join(state['classes'])[:80]}; --data {cfg.data} "
                         f"{cfg.classes and '--classes ' + cfg.classes} has {', '.join(data.classes)[:80]}")
-    model = build(state["arch"], len(data.classes)).to(device, memory_format=torch.channels_last)
+    model = place(build(state["arch"], len(data.classes)), device)
     try:
         if state["policy"]:
             model = attach_quantizers(model, Policy.from_json(state["policy"], cfg.model).choices)
@@ -2563,9 +2581,17 @@ def main(argv=None):
     except AsgaError as error:
         print(f"asga: error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
+    except OSError as error:                                   # a folder that may not be looked into, a name that is too long
+        if error.filename is None:
+            raise
+        print(f"asga: error: {error.filename} cannot be used ({error.strerror}): give another path", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and "can't allocate memory" not in str(error):                                       # torch's on a CPU
+            raise
         remedy = "lower --batch-size or --resolution" if hasattr(cfg, "batch_size") else "give --device cpu"
-        print(f"asga: error: out of memory ({str(error).splitlines()[0]}): {remedy}", file=sys.stderr)
+        print(f"asga: error: out of memory ({str(error).partition(chr(10))[0] or 'MemoryError'}): {remedy}", file=sys.stderr)
         return 2
     except (Stopped, KeyboardInterrupt) as stop:
         out = getattr(cfg, "out", "")

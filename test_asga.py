@@ -21,6 +21,7 @@ import types
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1812,6 +1813,17 @@ def test_what_a_plan_says_and_does_not_say(capsys):
     assert capsys.readouterr().err == ""                              # all its layers are quantized, its budget is a bound
 
 
+def test_numbers_of_other_libraries_are_saved_and_quantized_networks_refused(tmp_path):
+    x = torch.randn(4, 3, 24, 24)
+    lr = torch.tensor(0.25)
+    policy = search(Handmade(), toy_batches(), F.cross_entropy, "4bit", steps=1, lr=lr, weight_decay=np.float64(0.5))
+    policy.save(tmp_path / "p.json")
+    saved = json.loads((tmp_path / "p.json").read_text())["search"]["settings"]
+    assert saved["lr"] == 0.25 and saved["weight_decay"] == 0.5
+    with pytest.raises(AsgaError, match="quantized already"):
+        search(quantize(Handmade(), 4, example_inputs=x), toy_batches(), F.cross_entropy, "4bit", steps=1)
+
+
 def test_settings_out_of_the_question_are_refused_before_any_work():
     for name in ("method", "relaxation", "direction", "precision"):
         with pytest.raises(AsgaError, match=f"unknown {name} 'foo': use one of"):
@@ -2549,6 +2561,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
     refused(capsys, *base, "--cost-resolution", "1000000", has="1000000x1000000")
     refused(capsys, *base, "--images", "2", has="images 2")
     refused(capsys, *base, "--classes", "3-40", has="3-40")
+    refused(capsys, *base, "--classes", "0-4000000000", has="0 to 9")
     refused(capsys, *base, "--classes", "0-4,9-7", has="write 7-9")
     refused(capsys, *base, "--arch", "nofile.py:make", has="nofile.py")
     refused(capsys, *base, "--weights", "none.pt", has="none.pt")
@@ -2658,6 +2671,38 @@ def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(tmp
         run(tmp_path / "parts", dies_at=12)
     assert len((tmp_path / "parts/log.jsonl").read_text().splitlines()) == 12 and (tmp_path / "parts/search.ckpt").exists()
     assert run(tmp_path / "parts") == whole and whole[0] == 200 and [r["step"] for r in whole[1]] == list(range(20))
+    folder = asga.Run(tmp_path / "parts", "search", asga.SearchConfig(), "policy.json")
+    with pytest.raises(AsgaError, match="has done 20 steps of what are 10 now"):
+        folder.loop("search", 10, lambda start: iter(()), None, {}, None)
+
+
+@pytest.mark.parametrize("key, config", [("weights", asga.SearchConfig), ("policy", asga.TransferConfig)])
+def test_a_run_goes_on_only_from_the_same_weights_and_policy(tmp_path, key, config):
+    """A name may hold something else by now: a transfer once ended with other bits than its policy said."""
+    file, start = tmp_path / "file", lambda: asga.Run(tmp_path / "run", "x", config(**{key: str(tmp_path / "file")}), "result.json")
+    file.write_bytes(b"one")
+    start()
+    start()
+    file.write_bytes(b"two")
+    with pytest.raises(AsgaError, match="unfinished run from another content of .*file: give another"):
+        start()
+    file.write_bytes(b"one")
+    start()
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    assert list(kept.pop("files")) == [key]
+    (tmp_path / "run/config.json").write_text(json.dumps(kept))                            # of an earlier version, which did not look
+    start()
+
+
+def test_workers_leave_signals_to_the_main_process():
+    both = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(s) for s in both]
+    try:
+        asga._ignore_interrupts(0)
+        assert all(signal.getsignal(s) == signal.SIG_IGN for s in both)
+    finally:
+        for s, handler in zip(both, before):
+            signal.signal(s, handler)
 
 
 def test_weights_of_parallel_training_and_nested_checkpoints_are_read(tmp_path):
@@ -2665,6 +2710,13 @@ def test_weights_of_parallel_training_and_nested_checkpoints_are_read(tmp_path):
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pt")
     assert not asga.load_weights(target, "resnet20", tmp_path / "w.pt")
     assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())
+    state, averaged = source.state_dict(), torch.optim.swa_utils.AveragedModel(source).state_dict()
+    for form in ({"model_state_dict": state}, {"net": state}, averaged, {f"_orig_mod.{k}": v for k, v in state.items()},
+                 {f"module._orig_mod.{k}": v for k, v in state.items()}):
+        torch.save(form, tmp_path / "form.pt")
+        target = asga.ResNet20(10)
+        assert not asga.load_weights(target, "resnet20", tmp_path / "form.pt")
+        assert torch.equal(target.fc.weight, source.fc.weight)
     wrapped = nn.Sequential()
     wrapped.module = nn.Linear(3, 2)                          # a name of its own, no trace of DataParallel
     torch.save(wrapped.state_dict(), tmp_path / "own.pt")
@@ -3024,6 +3076,23 @@ def test_a_checkpoint_outlives_missing_versions_and_names_what_changed_in_the_ne
     refused(capsys, "eval", tmp_path / "m.pt", "--data", "digits", has="as it is now")
 
 
+def test_networks_with_volumes_own_weights_in_out_and_errors_of_several_lines(tiny, tmp_path, capsys):
+    path = Path(tiny.rpartition(":")[0])
+    path.write_text(path.read_text() + "\n\nplain = net\n\n\ndef net(num_classes):\n    import torch\n    made = plain(num_classes)\n"
+                    "    made.volume = torch.nn.Parameter(torch.zeros(1, 2, 2, 2, 2))\n    return made\n"
+                    "\n\ndef broken(num_classes):\n    raise RuntimeError('first\\n\\tsecond')\n")
+    flags = ["--data", "digits", "--classes", "0,1", "--images", "0.1", "--batch-size", "8", "--no-compile", "--device", "cpu"]
+    code, out, err = run_main(capsys, "train", *flags, "--arch", tiny, "--epochs", "1", "--out", tmp_path / "fp")
+    assert code == 0, err
+    code, out, err = run_main(capsys, "eval", tmp_path / "fp/model.pt", *flags[:4])
+    assert code == 0, err
+    (tmp_path / "own").mkdir()
+    (tmp_path / "fp/model.pt").rename(tmp_path / "own/weights.pt")                          # a user's file under the name of ours
+    code, out, err = run_main(capsys, "search", *flags, "--arch", tiny, "--steps", "1", "--weights", tmp_path / "own/weights.pt", "--out", tmp_path / "own")
+    assert code == 0, err
+    refused(capsys, "train", *flags, "--arch", tiny.replace(":net", ":broken"), has="RuntimeError: first second; it must give a network")
+
+
 def test_what_main_says_when_stopped_out_of_memory_and_without_data(monkeypatch, capsys):
     def stopped(cfg):
         cfg.out, cfg.data = "runs/x", "digits"
@@ -3041,6 +3110,14 @@ def test_what_main_says_when_stopped_out_of_memory_and_without_data(monkeypatch,
     refused(capsys, "train", has="--batch-size")
     monkeypatch.setitem(asga.COMMANDS, "eval", (full, asga.EvalConfig))
     refused(capsys, "eval", "model.pt", has="--device cpu")
+    for error, has in ((RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmore"), "--batch-size"), (MemoryError(), "--batch-size"),
+                       (PermissionError(13, "Permission denied", "/root/x"), "/root/x cannot be used (Permission denied): give another")):
+        monkeypatch.setitem(asga.COMMANDS, "train", (lambda cfg: (_ for _ in ()).throw(error), asga.TrainConfig))
+        refused(capsys, "train", has=has)
+    for error in (RuntimeError("a defect"), BrokenPipeError(32, "Broken pipe")):                # not for the user to mend
+        monkeypatch.setitem(asga.COMMANDS, "train", (lambda cfg: (_ for _ in ()).throw(error), asga.TrainConfig))
+        with pytest.raises(type(error)):
+            asga.main(["train"])
     monkeypatch.undo()
     monkeypatch.setattr(asga.socket, "create_connection", lambda *a, **k: (_ for _ in ()).throw(OSError()))
     code, out, err = run_main(capsys, "search", "--data-root", "/nowhere", "--budget", "1bit")
