@@ -2536,11 +2536,16 @@ def refused(capsys, *argv, has, lines=1):
     assert has in errors[0], errors[0]
 
 
-def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A search whose --out is not there yet, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(asga, "cifar10_reachable", lambda root: False)
-    out = tmp_path / "out"
-    base = ("search", "--data", "digits", "--out", out)
+    return "search", "--data", "digits", "--out", tmp_path / "out"
+
+
+def test_flags_out_of_the_question_are_one_line_and_leave_nothing_behind(base, capsys):
+    out = base[-1]
     refused(capsys, "search", "--data", "nowhere", "--out", out, has="'nowhere'")
     refused(capsys, "search", "--data", "cifar10", "--out", out, has="does not answer")
     refused(capsys, *base, "--budget", "1bit", has="takes")
@@ -2572,6 +2577,11 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
     if not torch.cuda.is_available():
         refused(capsys, *base, "--device", "cuda", has="--device cuda")
     refused(capsys, *base, "--device", "abacus", has="abacus")
+    assert not out.exists()
+
+
+def test_files_that_are_not_what_they_should_be_are_one_line(base, tmp_path, capsys):
+    out = base[-1]
     (tmp_path / "file").write_text("x")
     refused(capsys, "search", "--data", "digits", "--out", tmp_path / "file" / "run", has="file")
     refused(capsys, "transfer", "none.json", "--data", "digits", "--out", out, has="none.json")
@@ -2584,6 +2594,16 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
         refused(capsys, *base, "--weights", "other.pt", has="another network")
     (tmp_path / "dot.pt").write_bytes(b".")
     refused(capsys, *base, "--weights", "dot.pt", has="dot.pt")
+    _, _, policy = handmade_policy()
+    policy.save("p.json")
+    refused(capsys, "transfer", "p.json", "--data", "digits", "--arch", "resnet20", "--out", out, has="'stem'")
+    refused(capsys, "transfer", "p.json", "--out", out, has="--data")
+    Policy({"a": (4, 4)}, {"a": asga.LayerCost(1, 1)}).save("nameless.json")
+    refused(capsys, "transfer", "nameless.json", "--data", "digits", "--out", out, has="--arch")
+    assert not out.exists()
+
+
+def test_networks_that_are_none_are_one_line(base, tmp_path, capsys):
     (tmp_path / "user.py").write_text("def broken(num_classes): return 1 / 0\ndef number(num_classes): return 3\n"
                                       "from torch import nn\n"
                                       "def wrong(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))\n"
@@ -2598,14 +2618,12 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monke
     refused(capsys, *base, "--arch", "user.py:pairs", "--batch-size", "1", has="batch-size")
     for function, word in (("nothing", "logits"), ("wordy", "returns str"), ("lazy", "lazy"), ("broken", "division"), ("number", "int"), ("wrong", "(1, 4)"), ("missing", "missing"), ("picky", "32x32")):
         refused(capsys, *base, "--arch", f"user.py:{function}", has=word)
-    _, _, policy = handmade_policy()
-    policy.save("p.json")
-    refused(capsys, "transfer", "p.json", "--data", "digits", "--arch", "resnet20", "--out", out, has="'stem'")
-    refused(capsys, "transfer", "p.json", "--out", out, has="--data")
-    Policy({"a": (4, 4)}, {"a": asga.LayerCost(1, 1)}).save("nameless.json")
-    refused(capsys, "transfer", "nameless.json", "--data", "digits", "--out", out, has="--arch")
+    assert not base[-1].exists()
+
+
+def test_a_run_that_diverges_leaves_no_result(base, capsys):
     refused(capsys, *base, "--fp-lr", "1e30", "--fp-epochs", "1", "--classes", "0,1", has="loss became")
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "weights.jsonl"]         # no policy, no weights
+    assert sorted(p.name for p in base[-1].iterdir()) == ["config.json", "weights.jsonl"]         # no policy, no weights
     refused(capsys, *base, has="unfinished")
 
 
@@ -3111,7 +3129,7 @@ def test_what_main_says_when_stopped_out_of_memory_and_without_data(monkeypatch,
     monkeypatch.setitem(asga.COMMANDS, "eval", (full, asga.EvalConfig))
     refused(capsys, "eval", "model.pt", has="--device cpu")
     for error, has in ((RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmore"), "--batch-size"), (MemoryError(), "--batch-size"),
-                       (PermissionError(13, "Permission denied", "/root/x"), "/root/x cannot be used (Permission denied): give another")):
+                       (PermissionError(13, "Permission denied", "/locked/x"), "/locked/x cannot be used (Permission denied): give another")):
         monkeypatch.setitem(asga.COMMANDS, "train", (lambda cfg: (_ for _ in ()).throw(error), asga.TrainConfig))
         refused(capsys, "train", has=has)
     for error in (RuntimeError("a defect"), BrokenPipeError(32, "Broken pipe")):                # not for the user to mend

@@ -15,6 +15,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import asga  # noqa: E402
+import bench  # noqa: E402
 import beta_gradient  # noqa: E402
 import flatness  # noqa: E402
 import policies  # noqa: E402
@@ -374,3 +375,14 @@ def test_ready_policies_fit_their_networks_and_budgets(path):
     measured = policy.measure(net, torch.zeros(1, 3, resolution, resolution))
     limit = policy.info["budget"]["bops"]
     assert 0.99 * limit <= measured.bops == policy.bops <= limit
+
+
+def test_bench_measures_every_variant(monkeypatch):
+    monkeypatch.setattr(asga.Fused, "on", False)
+    made = bench.Bench("resnet20", 16, 4, 10, asga.CANDIDATES, "float32", torch.device("cpu"))
+    found = bench.measure(made, 1)
+    assert all(len(times) == 1 and times[0] > 0 for times in found["samples"].values())
+    memory = found["peak_bytes"]
+    assert memory["full_precision"] < memory["asga_recompute"] < memory["asga"] and found["ratios"]["asga_over_two_pass"] > 1
+    one = lambda name: found["samples"][name][0]
+    assert one("optimizer_alone") < one("asga") and found["ratios"]["joint_over_full_precision"] == one("joint") / one("full_precision")
