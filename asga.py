@@ -1289,7 +1289,11 @@ class SearchSettings:
             known, value = field.metadata.get("choices"), getattr(self, field.name)
             if known and value not in known:
                 raise AsgaError(f"unknown {field.name} {value!r}: use one of {', '.join(known)}")
-        vars(self).update(METHODS[self.method])                              # recorded is what runs
+        for name, value in METHODS[self.method].items():                     # recorded is what runs
+            given = getattr(self, name)
+            if given not in (value, type(self).__dataclass_fields__[name].default):
+                say(f"{name} {given} is not used: method {self.method} is defined by {name} {value}")
+            setattr(self, name, value)
         if isinstance(self.keep, (set, frozenset)):
             self.keep = sorted(self.keep)                                    # for JSON
         if self.steps < 1 and self.method != "uniform":

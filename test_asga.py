@@ -1920,9 +1920,11 @@ def test_batches_of_any_structure(mask):
 
 @pytest.mark.parametrize("method,ran", [("sam", {"alpha": 0.0, "adaptive": False, "project": False, "direction": "perturbed"}),
                                         ("joint", {"rho_max": 0.0, "alpha": 0.0}), ("asga", {"alpha": 0.5, "adaptive": True})])
-def test_the_policy_records_the_settings_that_ran(method, ran):
+def test_the_policy_records_the_settings_that_ran_and_a_line_names_those_that_the_method_overrules(method, ran, capsys):
     settings = search(Handmade(), toy_batches(), F.cross_entropy, "3bit", steps=1, method=method, alpha=0.5).info["search"]["settings"]
     assert ran.items() <= settings.items()
+    said = [line for line in capsys.readouterr().err.splitlines() if "is not used" in line]
+    assert said == ([] if method == "asga" else [f"asga: alpha 0.5 is not used: method {method} is defined by alpha 0.0"])
 
 
 def test_evaluation_leaves_frozen_modules_frozen():
