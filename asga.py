@@ -935,7 +935,7 @@ class ASGA(torch.optim.Optimizer):
         if direction not in ("mean", "perturbed"):
             raise ValueError(f"direction {direction!r}: use 'mean' or 'perturbed'")
         params = list(params)
-        groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+        groups = params if not params or isinstance(params[0], dict) else [{"params": params}]
         groups = [{**group, "params": [group["params"]] if torch.is_tensor(group["params"]) else
                    [p[1] if isinstance(p, tuple) else p for p in group["params"]]} for group in groups]   # named_parameters()
         if isinstance(base_optimizer, torch.optim.Optimizer):
@@ -1056,8 +1056,11 @@ class ASGA(torch.optim.Optimizer):
         return {**self.base.state_dict(), "rho": self.rho.clone()}
 
     def load_state_dict(self, state_dict):
+        perturb = [group.get("perturb", True) for group in self.param_groups]
         self.base.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self.param_groups, self.state = self.base.param_groups, self.base.state
+        for group, before in zip(self.param_groups, perturb):
+            group.setdefault("perturb", before)
         self.rho = state_dict.get("rho", self.rho).clone()               # a plain base optimizer's state has none
 
 
@@ -1395,7 +1398,7 @@ class Search:
     def _start(self):
         if self.settings.relaxation == "interpolate":
             return self._write(self.budget.uniform())
-        most = self.budget.hi.new_tensor(50.0 * self.settings.tau)
+        most = self.budget.hi.new_full((), 50.0 * self.settings.tau)
         free = (self.budget.lo < self.budget.hi)[..., None]                                     # the others at their most bits
         tilted = lambda t: torch.where(self.values > 0, torch.where(free, -t, most) * self.values, -math.inf)
         expected = lambda t: (torch.softmax(tilted(t) / self.settings.tau, -1) * self.values).sum(-1)

@@ -97,6 +97,8 @@ def student(values):
 def verdict(values, margin=0.0):
     """Do paired differences, of which larger is better, show a mean above −margin? Only where the bootstrap's and Student's 95 %
     interval agree: of three values with one sign the bootstrap alone would say so, which chance does in one of four cases."""
+    if not any(values):
+        return "the same runs"
     if len(values) < 3:
         return f"undecided at this n ({len(values)})"
     low, high = (pick(ends) for pick, ends in zip((min, max), zip(bootstrap(values), student(values))))
@@ -113,6 +115,14 @@ def difference(values, form="+.2f", n=None):
         return "–"
     return f"{statistics.mean(values):{form}}" + (f" {interval(student(values), form)}" if len(values) > 2 else "") \
         + (f" (n = {len(values)})" if n not in (None, len(values)) else "")
+
+
+def unpaired(one, other, form="+.2f"):
+    """The difference of two means that are not paired, with the 95 % interval after Welch."""
+    parts = [statistics.variance(v) / len(v) for v in (one, other)]
+    freedom = int(sum(parts) ** 2 / sum(p ** 2 / (len(v) - 1) for p, v in zip(parts, (one, other))))
+    mean, reach = statistics.mean(one) - statistics.mean(other), STUDENT[min(max(freedom, 1), len(STUDENT)) - 1] * math.sqrt(sum(parts))
+    return f"{mean:{form}} {interval((mean - reach, mean + reach), form)} (not paired, n = {len(one)} and {len(other)})"
 
 
 def judged(claim, what, values, form, margin=0.0):
@@ -157,6 +167,10 @@ class Runs:
         sign = -1 if key == "loss" else 1
         return [sign * (one[s]["metrics"][part][key] - other[s]["metrics"][part][key]) for s in self.common(one, other)]
 
+    def supernets(self, one, other):
+        """Seeds of which both searches were judged by one asga.py: how a supernet is judged has changed (README, choice 13)."""
+        return [s for s in self.common(one, other) if one[s]["asga.py"] == other[s]["asga.py"]]
+
     def policies(self, transfers):
         return [self.records[t["needs"][0]] for _, t in sorted(transfers.items())]
 
@@ -193,6 +207,13 @@ def methods_table(runs, net, budget):
     methods = [key[2] for key in runs.found if key[:2] == (net, budget) and key[3:] == ("proxy", "target", "1.0")]
     uniform, joint = (runs.seeds(net, budget, m) for m in ("uniform", "joint"))
     start = {r["metrics"]["full_precision"]["loss"]: r["metrics"]["full_precision"] for m in methods for r in runs.seeds(net, budget, m).values()}
+
+    def versus(own, other, key="accuracy", form="+.2f"):
+        values = runs.paired(own, other, key=key)
+        if 1 < len(values) < len(own) == len(runs.alike(own)):                        # more seeds than the other has: all of them count
+            return unpaired(*([(-1 if key == "loss" else 1) * r["metrics"]["tuned"][key] for r in t.values()] for t in (own, other)), form)
+        return difference(values, form, len(own))
+
     rows = [["full precision", "", "", "", f"{f['accuracy']:.2f}", f"{f['loss']:.4f}", *[""] * 6] for f in start.values()]
     for method in methods:
         own = runs.seeds(net, budget, method)
@@ -202,14 +223,14 @@ def methods_table(runs, net, budget):
         apart = [distance(runs.policies({s: own[s]}) + runs.policies({s: joint[s]})) for s in own if s in joint]
         rows.append([method, len(own), spread([r["metrics"]["policy_bops"] / 1e6 for r in own.values()], ".1f"),
                      spread(get("quantized", "accuracy")), spread(get("tuned", "accuracy")), spread(get("tuned", "loss"), ".4f"),
-                     difference(runs.paired(own, uniform), n=len(own)) if method != "uniform" else "",
-                     difference(runs.paired(own, joint), n=len(own)) if method != "joint" else "",
-                     difference(runs.paired(own, joint, key="loss"), "+.4f", len(own)) if method != "joint" else "",
+                     versus(own, uniform) if method != "uniform" else "",
+                     versus(own, joint) if method != "joint" else "",
+                     versus(own, joint, "loss", "+.4f") if method != "joint" else "",
                      f"{seconds:.0f}" if seconds and method != "uniform" else "",
                      f"{distance(found):.2f}" if len(found) > 1 else "",
                      f"{statistics.mean(apart):.2f}" if apart and method != "joint" else ""])
     return markdown(["policy", "n", "M BOPs", "before tuning, %", "tuned, %", "tuned, CE", "points more than uniform [95 %]", "points more than joint [95 %]",
-                     "CE less than joint [95 %]", "search, s", "bits from one seed's policy to another's", "bits from joint's policy"], rows)
+                     "CE less than joint [95 %]", "search, s (steps × the median step of its kind)", "bits from one seed's policy to another's", "bits from joint's policy"], rows)
 
 
 def full_precision_table(runs):
@@ -267,7 +288,7 @@ def claims(runs):
     for method, other in (("asga", "joint"), ("asga", "joint-double-steps"), ("asga-half-steps", "joint"), ("asga", "sagm")):
         for net, budget in sorted({key[:2] for key in runs.found}):
             own, its = (runs.searches(net, budget, m) for m in (method, other))
-            values = [its[s]["metrics"]["supernet"]["loss"] - own[s]["metrics"]["supernet"]["loss"] for s in runs.common(own, its)]
+            values = [its[s]["metrics"]["supernet"]["loss"] - own[s]["metrics"]["supernet"]["loss"] for s in runs.supernets(own, its)]
             if values:
                 rows.append(judged("2 the supernet itself generalizes better (proxy, val; added after the runs)", f"{net} {budget}: {method} − {other}, −CE",
                                    values, "+.4f"))
@@ -348,7 +369,7 @@ def radius_rows(runs):
                           f"{100 * statistics.mean(p['at_most'] for p in found.values()):.0f} % / {100 * statistics.mean(p['at_least'] for p in found.values()):.0f} %"])
             if not fixed:
                 continue
-            common = runs.common(own, found)
+            common = runs.supernets(own, found)
             for what, measure, form in (("supernet's CE (proxy, val) after the search", lambda p: p["metrics"]["supernet"]["loss"], "+.4f"),
                                         ("training loss, mean of all steps (added after the runs)", lambda p: statistics.mean(r["loss"] for r in p["log"]), "+.4f"),
                                         ("steps until the bits have a tenth of their way left", lambda p: settled(p["log"]), "+.0f")):
@@ -418,9 +439,9 @@ def inside_rows(runs):
             mean = lambda key: statistics.mean(r[key] for r in log)
             rows.append([f"{net} {budget}", method, len(found), spread([p["metrics"]["supernet"]["accuracy"] for p in found]),
                          spread([p["metrics"]["policy"]["accuracy"] for p in found]), " → ".join(spread([b[k] for b in both]) for k in ("old", "new")) if both else "", spread([p["log"][-1]["beta_distance"] for p in found]),
-                         f"{mean('rho'):.3f}", f"{mean('grad_norm'):.2f}", f"{mean('gap'):.3f}", f"{mean('cos'):.2f}", f"{100 * mean('projected'):.1f} %"])
+                         f"{mean('rho'):.3f}", f"{mean('grad_norm'):.2f}", f"{mean('gap'):.3f}", f"{mean('cos'):.2f}", f"{100 * mean('projected'):.1f} %", "/".join(sorted({p["asga.py"][:4] for p in found}))])
     return markdown(["", "method", "n", "supernet, % (proxy)", "policy untuned, %", "the supernet's BatchNorm statistics → new ones (2,500 images)", "β to nearest candidate", "ρ", "‖g‖", "gap h", "cos(g, g_p)",
-                     "projected"], rows)
+                     "projected", "asga.py"], rows)
 
 
 def rank_rows(runs):
@@ -431,22 +452,25 @@ def rank_rows(runs):
     if len(common) < 5:
         return ""
     net, budget = (target[common[0]]["cell"][key] for key in ("net", "budget"))
-    rows = []
-    for part in ("quantized", "tuned"):
+    rows, untuned, tuned = [], "quantized", "tuned"
+    for what, (one, its), (other, theirs) in (("before tuning, on both", (proxy, untuned), (target, untuned)), ("after tuning, on both", (proxy, tuned), (target, tuned)),
+                                              ("proxy before tuning, target after it", (proxy, untuned), (target, tuned)),
+                                              ("target before and after tuning", (target, untuned), (target, tuned))):
         for key in ("accuracy", "loss"):
-            x, y = ([runs_[s]["metrics"][part][key] for s in common] for runs_ in (proxy, target))
+            x, y = ([runs_[s]["metrics"][part][key] for s in common] for runs_, part in ((one, its), (other, theirs)))
             generator, draws = random.Random(0), []
             while len(draws) < 2000:
                 pick = generator.choices(range(len(common)), k=len(common))
                 if len(set(pick)) > 2:
                     draws.append(spearman([x[i] for i in pick], [y[i] for i in pick]))
             draws.sort()
-            rows.append([part, key, len(common), f"{spearman(x, y):+.2f} [{draws[49]:+.2f}, {draws[1949]:+.2f}]"])
+            rows.append([what, {"accuracy": "accuracy", "loss": "cross-entropy"}[key], len(common), f"{spearman(x, y):+.2f} [{draws[49]:+.2f}, {draws[1949]:+.2f}]"])
     same = [r["metrics"]["tuned"]["loss"] for r in runs.seeds("resnet20", "2.4bit", "flow").values()]
     limit = "" if len(same) < 2 else (
         f"\nTuning has a spread of its own: one and the same policy (flow's) has a standard deviation of {statistics.stdev(same):.4f} of CE over {len(same)} seeds, the "
-        f"random policies {statistics.stdev(r['metrics']['tuned']['loss'] for r in target.values()):.4f} on the target: even a perfect proxy would not reach 1.\n")
-    return markdown([f"{net} {budget}", "of", "n", "Spearman's correlation of proxy and target [95 %]"], rows) + limit
+        f"random policies {statistics.stdev(r['metrics']['tuned']['loss'] for r in target.values()):.4f} on the target: the nearer these are, the less could even a "
+        f"perfect proxy reach after tuning.\n")
+    return markdown([f"{net} {budget}", "of", "n", "Spearman's correlation [95 %]"], rows) + limit
 
 
 # --------------------------------------------------------------------------------------------------------------- plots
@@ -577,12 +601,12 @@ def text(runs, images=""):
     out += ["## All comparisons\n\nDifferences paired by seed, with the 95 % bootstrap interval of their mean: points of accuracy, and cross-entropy "
             "with its sign turned (−CE). A verdict other than undecided needs Student's interval to agree, as the bootstrap is too sure of few seeds (with three, it "
             "shows their range); of so many rows one in twenty is chance. \"As well\" means not worse by more than 0.5 points or 0.01 CE. All seeds share the "
-            "full-precision weights and the validation images, so what those contribute is not in the intervals. sam and sagm have asga's ρ_max. Rows with five seeds "
-            "had three at first; two more were added after those had been seen. To show \"as well\" at their spread takes about sixteen.\n",
+            "full-precision weights and the validation images, so what those contribute is not in the intervals. sam and sagm have asga's ρ_max.\n",
             markdown(VERDICTS, rows), spent(runs), "## Inside the searches\n\nUp to asga.py bb0d07986629, a supernet is judged by the running statistics of BatchNorm that its "
-            "search left, a policy by new ones: so a policy can come out above its supernet, most of all on lite0. Since then both have new ones.\n", inside_rows(runs),
-            "## Flatness\n\nRounding absorbs small noise, the more the fewer the bits; budgets are equal here.\n", flat, "## Radius\n\nThe steps until a tenth of the way is left follow from the cosine schedule of the learning rate, and adaptive ρ stands at its upper bound "
-            "most of the time: these runs test claim 4 hardly.\n", radius,
+            "search left, a policy by new ones: so a policy can come out above its supernet. Since then both have new ones. Supernets are compared within one version "
+            "alone.\n", inside_rows(runs),
+            "## Flatness\n\nRounding absorbs small noise, the more the fewer the bits; budgets are equal here.\n", flat, "## Radius\n\nThe steps until a tenth of the way is left follow from the cosine schedule of the learning rate; "
+            "the more often adaptive ρ stands at its upper bound, the less do these runs test claim 4.\n", radius,
             "## Ranks of random policies\n", ranks or "Not tested at this scale.\n"]
     return "\n".join([*out, images])
 

@@ -120,6 +120,8 @@ def test_statistics():
     assert report.verdict([0.1, 0.9, 0.2]).startswith("undecided") and report.verdict([1.0, 1.0]).startswith("undecided")
     assert report.verdict([-0.1, -0.2, -0.15, -0.2], margin=0.5) == "holds" and report.verdict([-1.0, -1.1, -0.9], 0.5) == "does not hold"
     torch.manual_seed(0)
+    assert report.verdict([0.0, 0.0, 0.0]) == "the same runs"
+    assert report.unpaired([1, 2, 3], [2, 4, 6]) == "-2.00 [-7.56, +3.56] (not paired, n = 3 and 3)"      # Welch: 2.94 degrees of freedom, of which 2
     drawn = [report.verdict(torch.randn(5).tolist()) for _ in range(200)]                   # no effect: about one in twenty
     assert sum(not v.startswith("undecided") for v in drawn) <= 16
     assert report.distance([{"policy": {"a": (2, 3), "b": (4, 4)}}, {"policy": {"a": (3, 3), "b": (2, 4)}}]) == 0.75
@@ -254,6 +256,18 @@ def searched(method, seed, seconds, steps=20):
     return {search["name"]: search, f"transfer/{method}-{seed}": {"cell": cell, "needs": [search["name"]]}}
 
 
+def test_supernets_are_compared_within_one_version_and_draws_beyond_the_common_seeds_count():
+    one, other = ({s: {"asga.py": "ab"[s > limit], "metrics": {"full_precision": {"loss": 1.0}}} for s in range(4)} for limit in (1, 2))
+    assert report.Runs({}).supernets(one, other) == [0, 1, 3]
+
+    def run(method, seed, value):
+        metrics = {"policy_bops": 1, **{part: {"accuracy": value, "loss": 1.0} for part in ("full_precision", "quantized", "tuned")}}
+        return {"cell": dict(net="n", budget="3bit", method=method, seed=seed, proxy="proxy", target="target", share="1.0"), "metrics": metrics, "needs": ["p"]}
+    rows = {"p": {"policy": {"a": [2, 2]}}, **dict(enumerate([run("random", s, s) for s in range(5)] + [run("uniform", s, s / 2) for s in range(2)]))}
+    table = report.methods_table(report.Runs(rows), "n", "3bit")
+    assert "| +1.75 [" in table and "(not paired, n = 5 and 2) |" in table
+
+
 def test_times_of_steps_are_pooled_by_what_a_step_does():
     runs = report.Runs(searched("joint", 0, 1.0) | searched("joint-double-steps", 0, 1.2, 40) | searched("joint", 1, 1.1) | searched("asga", 0, 2.0)
                        | searched("sam", 0, 2.2) | searched("loss-weight-joint", 0, 5.0) | searched("joint-softmax", 0, 6.0))
@@ -264,11 +278,12 @@ def test_times_of_steps_are_pooled_by_what_a_step_does():
 
 def test_ranks_are_of_runs_from_the_same_weights():
     def run(target, seed, loss, start):
-        metrics = {"full_precision": {"loss": start}, **{part: {"accuracy": -loss, "loss": loss} for part in ("quantized", "tuned")}}
+        metrics = {"full_precision": {"loss": start}, **{part: {"accuracy": -way * loss, "loss": way * loss} for part, way in (("quantized", 1), ("tuned", -1))}}
         return {"cell": dict(net="resnet20", budget="2.4bit", method="random", seed=seed, proxy="proxy", target=target, share="1.0"), "metrics": metrics}
     rows = [run(t, seed, seed + (seed == 7) * 99, 1.0 + (seed == 7 and t == "target")) for t in ("target", "proxy") for seed in range(8)]
     table = report.rank_rows(report.Runs(dict(enumerate(rows))))
-    assert table.count("| 7 | +1.00 [+1.00, +1.00] |") == 4                                               # seed 7 began elsewhere
+    assert table.count("both | ") == table.count("| 7 | +1.00 [+1.00, +1.00] |") == 4                     # seed 7 began elsewhere
+    assert table.count("| 7 | -1.00 [-1.00, -1.00] |") == 4                                               # tuning turned the order round
     assert report.rank_rows(report.Runs(dict(enumerate(rows[:12])))) == ""
 
 
