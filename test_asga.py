@@ -944,8 +944,10 @@ def test_a_network_may_lie_on_two_devices(elsewhere):
         net(torch.randn(4, 6)).sum().backward()
     assert all(q.steps.grad.abs().sum() > 0 for q in asga.quantizers_of(net))
     with asga.Prepared(net):
-        replica = copy.copy(net.a.input_quantizer).to("meta")               # as DataParallel makes them: row and all
-        assert replica(torch.randn(4, 6, device="meta")).device.type == "meta"
+        replica, there = net.a.input_quantizer._replicate_for_data_parallel(), copy.deepcopy(net.a.input_quantizer).to("meta")
+        replica._parameters, replica._buffers = there._parameters, there._buffers                # row and all, but for these
+        replica(torch.randn(4, 6, device="meta")).sum().backward()
+        assert there.steps.grad.device.type == "meta"
 
 
 def test_the_second_pass_has_the_draws_of_a_gpu_too(elsewhere):
@@ -1494,7 +1496,7 @@ def test_the_state_of_a_plain_optimizer_leaves_groups_where_they_were():
 
 
 def test_a_saddle_with_a_gradient_that_vanishes_in_squares():
-    w = nn.Parameter(torch.full((2,), 1e-25))
+    w = nn.Parameter(torch.full((1,), 1e-25))                                # its norm is a number, the square of that is none
     optimizer = ASGA([w], torch.optim.SGD, lr=0.1, rho_min=0.1, rho_max=1.0, alpha=0.0)
     for _ in range(2):
         optimizer.step(closure_of(optimizer, lambda: -w.square().sum()))
@@ -1841,9 +1843,9 @@ def test_softmax_projection_tilts_along_the_gradient_of_the_cost():
     torch.testing.assert_close(ratio, ratio[:1, :1, :1].expand_as(ratio))
 
 
-@pytest.mark.parametrize("seed,dear", [*((seed, 0) for seed in range(15)), *((seed, 4) for seed in range(5))])
+@pytest.mark.parametrize("seed,dear", [*((seed, 0) for seed in range(15)), (1, 100), (3, 100)])
 def test_knapsack_of_twelve_layers_equals_dynamic_programming(seed, dear):
-    """With dear = 4 what costs more is worse, and the fill binds. Costs k·w·a, values at random and a budget to be spent to the last: the first, narrow sweep is often not the optimum."""
+    """Where dear, what costs more is worse, and the fill binds. Costs k·w·a, values at random and a budget to be spent to the last: the first, narrow sweep is often not the optimum."""
     generator = torch.Generator().manual_seed(seed)
     pairs = torch.tensor([w * a for w in asga.CANDIDATES for a in asga.CANDIDATES])
     costs = [int(k) * pairs for k in torch.randint(20, 400, (12,), generator=generator)]
@@ -1861,6 +1863,20 @@ def test_knapsack_of_twelve_layers_equals_dynamic_programming(seed, dear):
     spent = sum(int(c[i]) for c, i in zip(costs, picks))
     assert fill * limit <= spent <= limit
     assert sum(float(v[i]) for v, i in zip(values, picks)) == pytest.approx(best[math.ceil(fill * limit):].min().item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_knapsack_with_a_fill_that_few_choices_meet(seed):
+    """The first, narrow sweep ends without any of the about 70 of 2 million: that is no proof that there is none."""
+    g, fill = torch.Generator().manual_seed(seed), 1 - 1.7e-5
+    costs = [torch.randint(1, 10 ** 6, (8,), generator=g) for _ in range(7)]
+    values = [torch.rand(8, generator=g, dtype=torch.float64) for _ in costs]
+    limit, total, cost = int(sum(c.double().mean() for c in costs)), torch.zeros(1).double(), torch.zeros(1).long()
+    for v, c in zip(values, costs):
+        total, cost = (total[:, None] + v).flatten(), (cost[:, None] + c).flatten()
+    picks = asga.knapsack(values, [c[:, None] for c in costs], [limit], fill)
+    best = total[(cost <= limit) & (cost >= fill * limit)].min().item()
+    assert sum(float(v[i]) for v, i in zip(values, picks)) == pytest.approx(best, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", [3, 5])
