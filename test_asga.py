@@ -876,6 +876,9 @@ class Elsewhere(torch.Tensor):
     def tolist(self):
         return self.real_values.tolist()
 
+    def __reduce_ex__(self, protocol):                         # files hold what a GPU's tensor becomes by map_location="cpu"
+        return self.real_values.__reduce_ex__(protocol)
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return TwoDevices().__torch_dispatch__(func, types, args, kwargs)
@@ -3614,6 +3617,31 @@ def test_each_figure_is_of_the_network_the_images_and_the_resolution_that_it_nam
     assert f"cost  {asga.human(bops)} BOPs at 49 px (the search's network: {asga.human(policy['cost']['bops'])})" in out
     code, out, err = run_main(capsys, "eval", tmp_path / "t/model.pt", "--data", "digits", "--classes", "1-7", "--device", "cpu")
     assert f"accuracy {figures['tuned']['accuracy']:.2f} %" in out and "20 px, quantized" in out
+
+
+@pytest.mark.filterwarnings("ignore:.*to a meta parameter")
+def test_all_commands_work_on_a_second_device_and_go_on_there(elsewhere, tiny, tmp_path, monkeypatch, capsys):
+    step, stopped = asga.Search.step, []
+
+    def interrupted(run, x, y, loss_fn, done):
+        if done == 2 and not stopped:
+            stopped.append(signal.raise_signal(signal.SIGINT))
+        return step(run, x, y, loss_fn, done)
+
+    monkeypatch.setattr(asga.Search, "step", interrupted)
+    flags = ["--data", "digits", "--classes", "0-3", "--images", "0.1", "--batch-size", "8", "--no-compile", "--device", "meta", "--arch", tiny]
+    line = ["search", *flags, "--fp-epochs", "1", "--steps", "5", "--budget", "4bit", "--out", tmp_path / "s"]
+    assert run_main(capsys, *line)[0] == 130 and (tmp_path / "s/search.ckpt").exists()
+    code, out, err = run_main(capsys, *line)
+    assert code == 0 and "going on with search at step 3 of 5" in err, err
+    code, out, err = run_main(capsys, "transfer", tmp_path / "s/policy.json", *flags, "--weights", tmp_path / "s/weights.pt", "--epochs", "1", "--out", tmp_path / "t")
+    assert code == 0, err
+    accuracy = f"accuracy {json.loads((tmp_path / 't/metrics.json').read_text())['tuned']['accuracy']:.2f} %"
+    for device in ("meta", "cpu"):
+        code, out, err = run_main(capsys, "eval", tmp_path / "t/model.pt", *flags[:4], "--device", device)
+        assert code == 0 and accuracy in out, err
+    code, out, err = run_main(capsys, "train", *flags, "--epochs", "1", "--out", tmp_path / "f")
+    assert code == 0, err
 
 
 def test_networks_with_volumes_own_weights_in_out_and_errors_of_several_lines(tiny, tmp_path, capsys):
