@@ -2397,14 +2397,16 @@ def show_policy(policy, budget):
     """The table of layers, and what the policy costs."""
     print(table([(name, human(policy.sizes[name].macs), w, a) for name, (w, a) in policy.layers.items()],
                 ("layer", "MACs", "w bits", "a bits")))
-    reference = budget.uniform()[:, ~budget.kept].mean(1).tolist()
+    uniform = budget.uniform()
+    reference, mean = uniform[:, ~budget.kept].mean(1).tolist(), (uniform * budget.sizes[0]).sum(1) / budget.sizes[0].sum()
     w, a = policy.mean_bits
     limits = ", ".join(f"{human(v)} BOPs" if k == "bops" else f"{human(v / 8)}B" for k, v in budget.limits.items())
     spent = budget.spent(torch.tensor(list(policy.layers.values()), device=budget.lo.device).t()).item()
     print(f"cost               {human(policy.bops)} BOPs (Σ MACs·w·a), {human(policy.weight_bits / 8)}B of weights")
     print(f"budget             {budget.spec} = {limits}; {100 * spent:.2f} % spent")
     print(f"mean bits          w {w:.2f}, a {a:.2f} (weighted by MACs, first and last layer included)")
-    print("uniform reference  " + "/".join("fixed" if math.isnan(b) else f"{b:.2f}" for b in reference) + " bits (w/a) in the searched layers")
+    print("uniform reference  " + "/".join("fixed" if math.isnan(b) else f"{b:.2f}" for b in reference)
+          + " bits (w/a) in the searched layers, mean w {:.2f}, a {:.2f}".format(*mean.tolist()))
 
 
 def cmd_search(cfg):

@@ -444,7 +444,7 @@ MUTATIONS = {
     "run: a full disk at the log is a traceback": ("            except OSError as error:\n                raise AsgaError(f\"cannot write {log}", "            except FileExistsError as error:\n                raise AsgaError(f\"cannot write {log}"),
     "run: only in the main thread": ("for s in (signal.SIGINT, signal.SIGTERM)] if main else []", "for s in (signal.SIGINT, signal.SIGTERM)]"),
     "images: a broken PNG is a traceback": ("except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:", "except (OSError, ValueError) as error:"),
-    "show: edge layers in the uniform reference": ("reference = budget.uniform()[:, ~budget.kept].mean(1).tolist()", "reference = budget.uniform().mean(1).tolist()"),
+    "show: edge layers in the uniform reference": ("uniform[:, ~budget.kept].mean(1).tolist()", "uniform.mean(1).tolist()"),
     "show: figures of the wrong network": ("f\"{metrics['supernet']['accuracy']:.2f} % supernet, \"", "f\"{metrics['policy']['accuracy']:.2f} % supernet, \""),
     "train: no warm-up": ("job.tune(job.model, \"train\", cfg.epochs, cfg.lr, 5e-4, warmup=0.1)", "job.tune(job.model, \"train\", cfg.epochs, cfg.lr, 5e-4, warmup=0.0)"),
     "resnet20: no ReLU after the stem": ("x = F.relu(self.bn1(self.conv1(x)))    ", "x = self.bn1(self.conv1(x))    "),

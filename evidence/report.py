@@ -97,8 +97,8 @@ def student(values):
 def verdict(values, margin=0.0):
     """Do paired differences, of which larger is better, show a mean above −margin? Only where the bootstrap's and Student's 95 %
     interval agree: of three values with one sign the bootstrap alone would say so, which chance does in one of four cases."""
-    if not any(values):
-        return "the same runs"
+    if values and not any(values):
+        return "no difference in any seed"
     if len(values) < 3:
         return f"undecided at this n ({len(values)})"
     low, high = (pick(ends) for pick, ends in zip((min, max), zip(bootstrap(values), student(values))))
@@ -119,7 +119,7 @@ def difference(values, form="+.2f", n=None):
 
 def unpaired(one, other, form="+.2f"):
     """The difference of two means that are not paired, with the 95 % interval after Welch."""
-    parts = [statistics.variance(v) / len(v) for v in (one, other)]
+    parts = [max(statistics.variance(v), 1e-12) / len(v) for v in (one, other)]                             # all alike: no division by zero
     freedom = int(sum(parts) ** 2 / sum(p ** 2 / (len(v) - 1) for p, v in zip(parts, (one, other))))
     mean, reach = statistics.mean(one) - statistics.mean(other), STUDENT[min(max(freedom, 1), len(STUDENT)) - 1] * math.sqrt(sum(parts))
     return f"{mean:{form}} {interval((mean - reach, mean + reach), form)} (not paired, n = {len(one)} and {len(other)})"
@@ -210,7 +210,8 @@ def methods_table(runs, net, budget):
 
     def versus(own, other, key="accuracy", form="+.2f"):
         values = runs.paired(own, other, key=key)
-        if 1 < len(values) < len(own) == len(runs.alike(own)):                        # more seeds than the other has: all of them count
+        if 1 < len(values) < len(own) and len(runs.alike({**own, **{(s,): r for s, r in other.items()}})) == len(own) + len(other):
+            # more seeds than the other has, all from the same weights: all of them count
             return unpaired(*([(-1 if key == "loss" else 1) * r["metrics"]["tuned"][key] for r in t.values()] for t in (own, other)), form)
         return difference(values, form, len(own))
 
@@ -301,7 +302,7 @@ def claims(runs):
         rows += compare(runs, "2 the parts of ASGA help", f"asga − {variant}", asga_, {"method": variant})
     rows += compare(runs, "5 (in its place) ASGA with half the steps, as many passes as joint, is as good", "asga-half-steps − joint", {"method": "asga-half-steps"},
                     {"method": "joint"}, margin=MARGIN)
-    rows += compare(runs, "5 ASGA improves another search (EdMIPS-like, cost as a loss weight)", "with ASGA − without",
+    rows += compare(runs, "also: ASGA improves another search (EdMIPS-like, cost as a loss weight)", "with ASGA − without",
                     {"method": "loss-weight-asga"}, {"method": "loss-weight-joint"})
     return rows
 
@@ -313,7 +314,7 @@ PRIMARY = (("1 a policy of the proxy serves as well as the target's own", "asga:
            ("3 flatter minima", "tuned, target: eigenvalue, joint − asga"),
            ("4 adaptive ρ converges faster", "supernet's CE (proxy, val) after the search, fixed 0.05 (sagm) − adaptive"),
            ("5 (in its place) ASGA with half the steps, as many passes as joint, is as good", "asga-half-steps − joint, −CE"),
-           ("5 ASGA improves another search (EdMIPS-like, cost as a loss weight)", "with ASGA − without, −CE"),
+           ("also: ASGA improves another search (EdMIPS-like, cost as a loss weight)", "with ASGA − without, −CE"),
            ("1 a poorer proxy serves as well", "asga: digits − all of it, −CE"))
 
 

@@ -120,8 +120,9 @@ def test_statistics():
     assert report.verdict([0.1, 0.9, 0.2]).startswith("undecided") and report.verdict([1.0, 1.0]).startswith("undecided")
     assert report.verdict([-0.1, -0.2, -0.15, -0.2], margin=0.5) == "holds" and report.verdict([-1.0, -1.1, -0.9], 0.5) == "does not hold"
     torch.manual_seed(0)
-    assert report.verdict([0.0, 0.0, 0.0]) == "the same runs"
+    assert report.verdict([0.0, 0.0, 0.0]) == "no difference in any seed"
     assert report.unpaired([1, 2, 3], [2, 4, 6]) == "-2.00 [-7.56, +3.56] (not paired, n = 3 and 3)"      # Welch: 2.94 degrees of freedom, of which 2
+    assert report.unpaired([1, 1, 1], [1, 1]).startswith("+0.00 [-0.00, +0.00]") and report.verdict([]).startswith("undecided")
     drawn = [report.verdict(torch.randn(5).tolist()) for _ in range(200)]                   # no effect: about one in twenty
     assert sum(not v.startswith("undecided") for v in drawn) <= 16
     assert report.distance([{"policy": {"a": (2, 3), "b": (4, 4)}}, {"policy": {"a": (3, 3), "b": (2, 4)}}]) == 0.75
@@ -260,12 +261,15 @@ def test_supernets_are_compared_within_one_version_and_draws_beyond_the_common_s
     one, other = ({s: {"asga.py": "ab"[s > limit], "metrics": {"full_precision": {"loss": 1.0}}} for s in range(4)} for limit in (1, 2))
     assert report.Runs({}).supernets(one, other) == [0, 1, 3]
 
-    def run(method, seed, value):
-        metrics = {"policy_bops": 1, **{part: {"accuracy": value, "loss": 1.0} for part in ("full_precision", "quantized", "tuned")}}
+    def run(method, seed, value, start=1.0):
+        metrics = {"policy_bops": 1, **{part: {"accuracy": value, "loss": start} for part in ("full_precision", "quantized", "tuned")}}
         return {"cell": dict(net="n", budget="3bit", method=method, seed=seed, proxy="proxy", target="target", share="1.0"), "metrics": metrics, "needs": ["p"]}
     rows = {"p": {"policy": {"a": [2, 2]}}, **dict(enumerate([run("random", s, s) for s in range(5)] + [run("uniform", s, s / 2) for s in range(2)]))}
     table = report.methods_table(report.Runs(rows), "n", "3bit")
     assert "| +1.75 [" in table and "(not paired, n = 5 and 2) |" in table
+    rows[99] = run("uniform", 7, 50, start=2.0)                                                         # from other weights: none of it
+    table = report.methods_table(report.Runs(rows), "n", "3bit")
+    assert "not paired" not in table and "| +0.25 (n = 2) |" in table
 
 
 def test_times_of_steps_are_pooled_by_what_a_step_does():
