@@ -175,9 +175,9 @@ class Runs:
         return [self.records[t["needs"][0]] for _, t in sorted(transfers.items())]
 
     def searches(self, *what):
-        """{seed: record of the search} of transfers whose policy was searched step by step."""
+        """{seed: record of the search} of transfers whose policy was searched step by step, for this network: lite0long has lite0's."""
         found = {seed: self.records[t["needs"][0]] for seed, t in self.seeds(*what).items()}
-        return {seed: p for seed, p in found.items() if p.get("log") and p["log"][0]["bits"]}
+        return {seed: p for seed, p in found.items() if p.get("log") and p["log"][0]["bits"] and p["name"].startswith(f"policy/{what[0]}-")}
 
 
 def distance(policies):

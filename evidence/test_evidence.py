@@ -144,6 +144,14 @@ def test_every_planned_command_is_one_that_asga_understands(scale):
             asga.parse(list(job.command[1:]))
 
 
+def test_longer_tuning_takes_the_same_policies_and_weights():
+    plan, cell = reproduce.Plan({"proxy": "P", "target": "T", "digits": "digits"}), reproduce.Cell("lite0", "3bit", "asga", 1)
+    short, long = (plan.jobs[plan.transfer(cell._replace(net=net))] for net in ("lite0", "lite0long"))
+    assert short.needs == long.needs == ("policy/lite0-proxy-3bit-asga-1", "fp/lite0-target") and long.minutes > short.minutes
+    assert [pair for pair in zip(short.command, long.command, strict=True) if len(set(pair)) > 1] == [("3", "5")]
+    assert (short.name, long.name) == tuple(f"transfer/{net}-proxy-3bit-asga-1-to-target" for net in ("lite0", "lite0long"))
+
+
 def test_stopped_runs_go_on_and_failed_ones_hold_up_what_needs_them(tmp_path, capsys):
     code = "import sys, pathlib; p = pathlib.Path(sys.argv[-1]); p.mkdir(parents=True); (p / 'r').write_text('')"
     jobs = {name: reproduce.Job(name, command, "r", needs) for name, command, needs in
@@ -253,7 +261,7 @@ def searched(method, seed, seconds, steps=20):
     """Records of a search and its transfer."""
     cell = dict(net="resnet20", budget="2.4bit", method=method, seed=seed, proxy="proxy", target="target", share="1.0")
     log = [{"step": s, "bits": [[3.0]], "loss": 1.0} for s in range(10, steps + 1, 10)]
-    search = {"name": f"policy/{method}-{seed}", "policy": {"a": (3, 3)}, "log": log, "step_seconds": seconds, "seconds": 99}
+    search = {"name": f"policy/resnet20-{method}-{seed}", "policy": {"a": (3, 3)}, "log": log, "step_seconds": seconds, "seconds": 99}
     return {search["name"]: search, f"transfer/{method}-{seed}": {"cell": cell, "needs": [search["name"]]}}
 
 
@@ -278,6 +286,15 @@ def test_times_of_steps_are_pooled_by_what_a_step_does():
     times = {m: report.step_time(runs, "resnet20", "2.4bit", m) for m in ("joint", "joint-double-steps", "asga", "joint-softmax")}
     assert times == pytest.approx({"joint": 1.1, "joint-double-steps": 1.1, "asga": 2.1, "joint-softmax": 5.5})
     assert report.search_time(runs, "resnet20", "2.4bit", "joint-double-steps") == pytest.approx(44)
+
+
+def test_searches_are_counted_once_where_their_policies_are_tuned_twice():
+    found = searched("asga", 0, 2.0)
+    cell = found["transfer/asga-0"]["cell"]
+    found["again"] = {**found["transfer/asga-0"], "cell": {**cell, "net": "other"}}
+    runs = report.Runs(found)
+    assert set(runs.searches("resnet20", "2.4bit", "asga")) == {0} == set(runs.seeds("other", "2.4bit", "asga"))
+    assert runs.searches("other", "2.4bit", "asga") == {} and report.search_time(runs, "other", "2.4bit", "asga") is None
 
 
 def test_ranks_are_of_runs_from_the_same_weights():
