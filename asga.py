@@ -45,6 +45,7 @@ from torch.utils.checkpoint import checkpoint
 
 __version__ = "0.1.0"
 CANDIDATES = (2, 3, 4, 5, 6, 8)          # bitwidths that a search chooses from
+CLEAR = "\r\x1b[K"                      # a terminal's line, from its start
 STEP_MIN = 1e-20                         # least quantizer step that counts: far below any real one, far above denormal numbers
 
 
@@ -53,8 +54,8 @@ class AsgaError(ValueError):
 
 
 def say(line):
-    """One line to the person at the terminal (stderr: stdout is for results)."""
-    print(f"asga: {line}", file=sys.stderr, flush=True)
+    """One line to the person at the terminal (stderr: stdout is for results), in place of an unfinished line of progress."""
+    print(f"{CLEAR if sys.stderr.isatty() else ''}asga: {line}", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class Quantizer(nn.Module):
     bits: one int or several (1…16). signed: True [−2^(b−1), 2^(b−1)−1], False [0, 2^b−1], None: unsigned where calibration
     saw no negative value. relaxation, where several candidates:
       "interpolate" (our choice, after FracBits, Yang & Jin 2021): `beta`, 0-dim, is the bitwidth itself; the two candidates
-          beside it are mixed with λ = (β − b_lo)/(b_hi − b_lo). On a candidate that one alone speaks; ∂/∂β looks upwards.
+          beside it are mixed with λ = (β − b_lo)/(b_hi − b_lo). On a candidate that one alone speaks; ∂/∂β looks up (on the last, down).
       "softmax" (EdMIPS, Cai & Vasconcelos 2020): `logits` [K], π = softmax(logits / tau) over all candidates.
     `steps` [K] are learned. They start at the MSE-optimal clip of calibration data (calibrate, or else the first tensor
     seen), never from ones, and are NaN until then. `enabled = False` makes it the identity.
@@ -163,7 +164,7 @@ class Quantizer(nn.Module):
         if relaxation not in ("interpolate", "softmax"):
             raise AsgaError(f"unknown relaxation {relaxation!r}: use 'interpolate' or 'softmax'")
         self.bits, self.relaxation, self.tau = check_bits(bits), relaxation, tau
-        self.enabled, self.sample, self.negative, self.ready = True, None, False, False
+        self.enabled, self.sample, self.ready = True, None, False
         self.auto_sign, self.row = signed is None, None
         count = len(self.bits)
         self.steps = nn.Parameter(torch.full((count,), math.nan))                               # s
@@ -191,6 +192,10 @@ class Quantizer(nn.Module):
         self.ready = self.ready or not self.steps.isnan().any().item()
         return self.ready
 
+    def _load_from_state_dict(self, *args):
+        self.ready = False                                          # what is loaded may be from before calibration
+        super()._load_from_state_dict(*args)
+
     def forward(self, x):
         if not self.enabled or not x.numel():                       # nothing to round, as where an expert gets no tokens
             return x
@@ -211,12 +216,11 @@ class Quantizer(nn.Module):
         return {**self.__dict__, "row": None}
 
     def observe(self, x, limit=65536):
-        """Keep at most `limit` values of x (drawn evenly, by a fixed seed) for calibrate()."""
-        self.negative |= bool((x < 0).any())
-        x = x.flatten()
+        """Keep at most `limit` values of x (drawn evenly, by a fixed seed) for calibrate(), and whether any was negative."""
+        negative, x = bool((x < 0).any()), x.flatten()
         if len(x) > limit:
             x = x[torch.randint(len(x), (limit,), generator=torch.Generator().manual_seed(0)).to(x.device)]
-        self.sample.append(x.to(torch.promote_types(x.dtype, torch.float32)))
+        self.sample.append((negative, x.to(torch.promote_types(x.dtype, torch.float32))))        # into a list that replicas share
 
     @torch.no_grad()
     def calibrate(self, x=None):
@@ -226,11 +230,11 @@ class Quantizer(nn.Module):
             self.observe(x.detach())
         if self.sample:
             if self.auto_sign:
-                self.set_signed(self.negative)
-            sample = torch.cat(self.sample)
+                self.set_signed(any(negative for negative, _ in self.sample))
+            sample = torch.cat([values.to(self.steps.device) for _, values in self.sample])
             for k, (_, n, p) in enumerate(self.grid.t().tolist()):
                 self.steps[k] = mse_optimal_step(sample, n, p)
-        self.sample, self.negative = None, False
+        self.sample = None
 
     def select(self, bits):
         """A Quantizer of the same sign with the single candidate `bits` and the step learned for it."""
@@ -537,8 +541,9 @@ class StepGuard:
 
 
 def calibrate(model, batches):
-    """Set the steps of all quantizers of a model from full-precision passes over `batches` (each a tensor or a tuple of
-    arguments), in eval mode. Quantizers that no batch reaches stay as they were.
+    """Set the steps of all quantizers of a model from full-precision passes over a few `batches` (each a tensor or a tuple
+    of arguments; up to 65,536 values of each stay in memory for every quantizer), in eval mode. Quantizers that no batch
+    reaches stay as they were.
     """
     found = [q for q in quantizers_of(model) if q.enabled]
     for q in found:
@@ -550,21 +555,21 @@ def calibrate(model, batches):
             q.calibrate()
     finally:
         for q in found:
-            q.sample, q.negative = None, False
+            q.sample = None
 
 
 @torch.no_grad()
 def update_statistics(model, batches):
     """Estimate BatchNorm's running statistics anew from `batches` (as for calibrate), in training mode: rounding shifts what
     layers put out, and at 2 or 3 bits the old statistics fit it badly (our choice). Unreached layers keep theirs, and so do
-    frozen ones: those in eval mode where the model trains. Not torch's update_bn, which resets what frozen layers compute with.
+    frozen parts: those in eval mode where the model trains. Not torch's update_bn, which resets what frozen layers compute with.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-    frozen = [m for m in norms if model.training and not m.training]
+    frozen = [m for m in model.modules() if model.training and not m.training]
     with _evaluating(model), Prepared(model):                                                 # puts the modes back
         model.train()
         for m in frozen:
-            m.eval()
+            m.training = False
         before = [(m, copy.deepcopy(m.state_dict()), m.momentum) for m in norms if m.training]
         complete = False
         try:
@@ -1011,7 +1016,9 @@ class ASGA(torch.optim.Optimizer):
         against = torch.where(conflict & self.project, dot / square, 0)                  # ⟨g_p, g⟩/‖g‖², where it is negative
         share = 1.0 if self.direction == "mean" else 0.0                       # 3 and 4 at once: (g_p + (1 − against) · g)/2
         if share or self.project:
-            torch._foreach_add_(g_p, torch._foreach_mul(g, share - against))
+            mixed = torch._foreach_mul(g, share - against)          # not into g_p: autograd lets two gradients share memory
+            torch._foreach_add_(mixed, g_p)
+            g_p = mixed
         if share:
             torch._foreach_mul_(g_p, 0.5)
         for p, direction in zip(both, g_p):
@@ -1061,7 +1068,8 @@ class ASGA(torch.optim.Optimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state
         for group, before in zip(self.param_groups, perturb):
             group.setdefault("perturb", before)
-        self.rho = state_dict.get("rho", self.rho).clone()               # a plain base optimizer's state has none
+        if self.adaptive:                                                # a plain base optimizer's state has no radius
+            self.rho = state_dict.get("rho", self.rho).clamp(self.rho_min, self.rho_max)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1146,7 +1154,8 @@ class Policy:
         """The same bits with the MACs and sizes of `model` at these inputs (another resolution, other classes), checked."""
         sizes, found = trace(model, example_inputs), layers_of(model)
         self._fit(model, sizes)
-        sizes = {name: sizes.get(name) or LayerCost(0, found[name].weight.numel()) for name in self.layers}
+        with _evaluating(model):                                         # to look at a normalized weight can change it
+            sizes = {name: sizes.get(name) or LayerCost(0, found[name].weight.numel()) for name in self.layers}
         return Policy(self.layers, sizes, self.info)
 
     def check(self, model, example_inputs=None):
@@ -1632,7 +1641,7 @@ def check_network(model, arch, num_classes, resolution, device, batch=0):
         x = torch.zeros(1, 3, resolution, resolution, device=device)
         out = first_output(_run_eval(model, (x,)))
         if batch:
-            with torch.random.fork_rng(), torch.no_grad():
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
                 _copy(model).train()(x.expand(batch, -1, -1, -1))
     except Exception as error:                                                   # whatever somebody's network can raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -1672,7 +1681,7 @@ def load_weights(model, arch, source, classes=()):
                 f"{other[0]!r} has shape {tuple(state[other[0]].shape)}, the network {tuple(own[other[0]].shape)}")
         raise AsgaError(f"weights {source} are of another network than {arch}: {what}")
     if not other and trained and classes and list(classes) != trained:        # as many, but others: what depends on their number
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):
             larger = build(arch, len(classes) + 1).state_dict()
         other = [key for key in own if larger[key].shape != own[key].shape]
     if other:
@@ -1740,6 +1749,12 @@ def _stack(images):
     return next((image for image in images if isinstance(image, AsgaError)), None) or torch.stack(images)
 
 
+def memory_size(limit=Path("/sys/fs/cgroup/memory.max")):
+    """Bytes of memory that the machine has, or less where a container is limited (cgroup v2)."""
+    limit = limit.read_text().strip() if limit.exists() else "max"
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), math.inf if limit == "max" else int(limit))
+
+
 class ImageSet(torch.utils.data.Dataset):
     """One part (train or val) of a data set: images as a uint8 tensor [N, 3, S, S], or as paths, and labels [N].
 
@@ -1783,8 +1798,7 @@ class ImageSet(torch.utils.data.Dataset):
     def load(self, device):
         """Decode everything, once, onto the device where it fits there."""
         if not torch.is_tensor(self.images):
-            need = len(self) * 3 * self.size ** 2
-            if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4:
+            if len(self) * 3 * self.size ** 2 > memory_size() / 4:
                 return
             progress = Progress("reading images", len(self))
             images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
@@ -1864,7 +1878,7 @@ def class_subset(spec, count):
         first, _, last = part.partition("-")
         if int(last or first) < int(first):
             raise AsgaError(f"--classes {spec!r}: {part} runs backwards; write {last}-{first}")
-        chosen += range(int(first), min(int(last or first), count) + 1)
+        chosen += range(int(first), min(int(last or first), max(int(first), count)) + 1)        # no list of 0-4000000000
     if max(chosen) >= count or len(set(chosen)) < len(chosen):
         raise AsgaError(f"--classes {spec!r}: the set has classes 0 to {count - 1}; name each once")
     return chosen
@@ -1999,12 +2013,13 @@ class Progress:
         if now - self.last < (0.2 if self.live else 15) and done < self.total:
             return
         if done <= self.first or done == self.total and now - self.start < 1:
+            print(CLEAR if self.live else "", end="", file=sys.stderr, flush=True)                # of a short phase nothing stays
             return
         self.last = now
-        left = (now - self.start) / max(1, done - self.first) * (self.total - done)
+        left = round((now - self.start) / max(1, done - self.first) * (self.total - done))
         text = f"{self.what} {done}/{self.total}" + "".join(f"  {k} {v}" for k, v in numbers.items())
-        text += f"  ETA {left // 60:.0f}:{left % 60:02.0f}" if done < self.total else f"  {now - self.start:.0f} s"
-        print(f"\r\x1b[K{text}" if self.live else text, end="" if self.live and done < self.total else "\n",
+        text += f"  ETA {left // 60}:{left % 60:02}" if done < self.total else f"  {now - self.start:.0f} s"
+        print(CLEAR + text if self.live else text, end="" if self.live and done < self.total else "\n",
               file=sys.stderr, flush=True)
 
 
@@ -2124,7 +2139,7 @@ class Run:
                             f"another --out")
         torch.set_rng_state(state["rng"])
         if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][:torch.cuda.device_count()])             # fewer may be visible now
         return state["step"], state["seconds"]
 
     def finish(self, phase):
@@ -2246,8 +2261,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:                         # AssertionError: torch without CUDA
+        torch.zeros(1, device=device, dtype=torch.float64).item()
+    except (RuntimeError, AssertionError, TypeError) as error:              # torch without CUDA; a device without float64
         raise AsgaError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): use --device cpu")
     return device
 
@@ -2264,7 +2279,7 @@ def peak_memory(device):
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on the GPU"
     import resource
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB of the process"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'darwin' else 10):.0f} MiB of the process"
 
 
 class Job:
@@ -2588,25 +2603,25 @@ def main(argv=None):
         function, cfg = parse(argv)
         function(cfg)
     except AsgaError as error:
-        print(f"asga: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except OSError as error:                                   # a folder that may not be looked into, a name that is too long
         if error.filename is None:
             raise
-        print(f"asga: error: {error.filename} cannot be used ({error.strerror}): give another path", file=sys.stderr)
+        say(f"error: {error.filename} cannot be used ({error.strerror}): give another path")
         return 2
     except (RuntimeError, MemoryError) as error:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and "can't allocate memory" not in str(error):                                       # torch's on a CPU
             raise
         remedy = "lower --batch-size or --resolution" if hasattr(cfg, "batch_size") else "give --device cpu"
-        print(f"asga: error: out of memory ({str(error).partition(chr(10))[0] or 'MemoryError'}): {remedy}", file=sys.stderr)
+        say(f"error: out of memory ({str(error).partition(chr(10))[0] or 'MemoryError'}): {remedy}")
         return 2
     except (Stopped, KeyboardInterrupt) as stop:
         out = getattr(cfg, "out", "")
         where = [] if "--out" in argv or not out else ["--out", out]
         where += [] if "--data" in argv or not getattr(cfg, "data", "") else ["--data", cfg.data]
-        print(f"\nasga: {str(stop) or 'stopped'}; go on with: python asga.py {shlex.join([*argv, *where])}", file=sys.stderr)
+        say(f"{str(stop) or 'stopped'}; go on with: python asga.py {shlex.join([*argv, *where])}")
         return 130
     return 0
 

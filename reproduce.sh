@@ -9,12 +9,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 what=${1:-evidence}
 case "$what" in
   quick|test) ;;
-  -h|--help) [ -f .venv/requirements.installed ] || { sed -n '2,7s/^# //p' "$0"; exit; }; what=evidence ;;
+  -h|--help) [ -f .venv/requirements.installed ] || { sed -n '2,7s/^# //p' "${BASH_SOURCE[0]##*/}"; exit; }; what=evidence ;;
   evidence|--*) what=evidence; [ "${1:-}" != evidence ] || shift ;;
   *) echo "usage: bash reproduce.sh [quick | test | evidence's flags, see --help]" >&2; exit 2 ;;
 esac
 
-[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv .venv         # also where that was stopped halfway
 if ! cmp -s requirements.txt .venv/requirements.installed; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
   cp requirements.txt .venv/requirements.installed

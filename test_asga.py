@@ -473,6 +473,16 @@ def test_with_quantizers_off_the_network_is_the_original_bit_for_bit(name, make,
     assert torch.equal(copy.deepcopy(net).eval()(x), model.eval()(x))
 
 
+class Idle(nn.Module):
+    """A network with a layer that no pass reaches and whose weight changes when it is read in training."""
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.idle = net, nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5))
+
+    def forward(self, x):
+        return self.net(x)
+
+
 @pytest.mark.parametrize("calibrate", [True, False])
 def test_weights_that_change_when_read_in_training_are_not_read_then(calibrate):
     model, x = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)), nn.Flatten(), nn.Linear(32, 5)), torch.randn(4, 3, 4, 4)
@@ -481,6 +491,10 @@ def test_weights_that_change_when_read_in_training_are_not_read_then(calibrate):
     net = quantize(model, 4, example_inputs=x if calibrate else None)
     Policy({"0": (4, 4), "2": (4, 4)}).measure(model, x).check(model)
     assert unchanged(model) and unchanged(net)
+    idle = Idle(model)
+    before_idle = copy.deepcopy(idle.state_dict())
+    Policy({"net.0": (4, 4), "net.2": (4, 4), "idle": (4, 4)}).measure(idle, x)
+    assert all(torch.equal(v, before_idle[k]) for k, v in idle.state_dict().items()) and idle.training
     asga.set_quantizers(net, False)
     for train in (True, False):
         assert torch.equal(model.train(train)(x), net.train(train)(x))
@@ -811,6 +825,35 @@ def test_calibration_records_no_graph_leaves_unreached_layers_and_ends_when_a_ba
     assert not torch.equal(net.eval()(x), model.eval()(x))                             # its quantizers do not just look on
 
 
+def test_a_frozen_part_has_no_dropout_while_statistics_are_estimated():
+    net, x = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5)), nn.BatchNorm2d(4)).train(), torch.randn(5, 3, 8, 8)
+    net[0].eval()
+    asga.update_statistics(net, [x])
+    torch.testing.assert_close(net[1].running_var, net[0][0](x).var((0, 2, 3)))
+    assert net.training and net[1].training and not net[0].training and not net[0][1].training
+
+
+def test_steps_loaded_from_before_calibration_are_calibrated_anew():
+    net, x = quantize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), 3, keep=None), torch.randn(2, 3, 8, 8)
+    start = copy.deepcopy(net.state_dict())
+    first = [net(x) for _ in range(2)][1]                               # from then on it is known that the steps are set
+    net.load_state_dict(start)
+    assert torch.equal(net(x), first) and not first.isnan().any()
+
+
+def test_calibration_counts_what_replicas_see():
+    q = Quantizer(4)
+    q.sample = []
+    replica = q._replicate_for_data_parallel()                           # as nn.DataParallel: own tensors, the rest shared
+    replica._parameters, replica._buffers = dict(q._parameters), {name: b.clone() for name, b in q._buffers.items()}
+    replica(torch.tensor([-3.0, 1.0]))
+    q(torch.tensor([1.0, 2.0]))
+    q.calibrate()
+    expected = Quantizer(4)
+    expected.calibrate(torch.tensor([-3.0, 1.0, 1.0, 2.0]))
+    assert q.grid[1] == -8 and torch.equal(q.steps, expected.steps)
+
+
 def test_what_was_frozen_stays_frozen_and_activations_after_relu_are_unsigned():
     model, x = Handmade(), torch.randn(8, 3, 24, 24)
     for p in (model.stem.weight, model.bn.weight):
@@ -1089,6 +1132,29 @@ def spy(net, x, y, optimizer, fail_in=None, forward=None):
         loss.backward()
         return loss
     return closure, seen
+
+
+def test_gradients_that_share_memory_are_combined_once():
+    """autograd gives two parameters one gradient tensor where both are only viewed and added."""
+    def stepped(shared):
+        u, v = (nn.Parameter(torch.tensor(values, dtype=torch.float64)) for values in ([1.0, 2.0, 3.0, 4.0], [0.5, -1.0, 1.0, 0.0]))
+        optimizer = ASGA([u, v], torch.optim.SGD, lr=1.0, rho_min=0.1, rho_max=0.1, alpha=0.0)
+        view = (lambda t: t.view(2, 2)) if shared else (lambda t: (t * 1).view(2, 2))
+        optimizer.step(closure_of(optimizer, lambda: ((view(u) + view(v)) ** 3).sum()))
+        return torch.stack([u.detach(), v.detach()])
+
+    assert torch.equal(stepped(True), stepped(False))
+
+
+def test_a_loaded_radius_stays_within_the_bounds_and_a_fixed_one_fixed():
+    def made(**kw):
+        return ASGA([nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1, alpha=0.0, **kw)
+
+    state = {**made(rho_min=0.0, rho_max=0.2).state_dict(), "rho": torch.tensor(0.02)}
+    fixed, higher, same = made(rho_min=0.0, rho_max=0.1, adaptive=False), made(rho_min=0.05, rho_max=0.1), made(rho_min=0.0, rho_max=0.2)
+    for optimizer, rho in ((fixed, 0.1), (higher, 0.05), (same, 0.02)):
+        optimizer.load_state_dict(state)
+        assert optimizer.rho.item() == pytest.approx(rho)
 
 
 @pytest.mark.parametrize("fail_in", [1, 2])
@@ -3000,6 +3066,8 @@ def test_flags_out_of_the_question_are_one_line_and_leave_nothing_behind(base, c
         refused(capsys, "train", "--data", "digits", "--out", out, flag, value, has=has)
     refused(capsys, *base, "--classes", "3-40", has="3-40")
     refused(capsys, *base, "--classes", "0-4000000000", has="0 to 9")
+    for beyond in ("12", "0-4,11", "0-4,11-12"):
+        refused(capsys, *base, "--classes", beyond, has="0 to 9")
     refused(capsys, *base, "--classes", "0-4,9-7", has="write 7-9")
     refused(capsys, *base, "--arch", "nofile.py:make", has="nofile.py")
     refused(capsys, *base, "--weights", "none.pt", has="none.pt")
@@ -3411,6 +3479,14 @@ def test_a_run_of_another_version_is_not_continued_in_silence(tmp_path, capsys):
     assert (tmp_path / "run/search.ckpt").exists()
 
 
+def test_a_run_goes_on_where_fewer_gpus_are_visible(tmp_path, monkeypatch):
+    torch.save({"step": 3, "seconds": 1.0, "rng": torch.get_rng_state(), "cuda_rng": [torch.zeros(2), torch.ones(2)]}, tmp_path / "search.ckpt")
+    put_back = []
+    for name, played in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_rng_state_all", put_back.extend)):
+        monkeypatch.setattr(torch.cuda, name, played)
+    assert asga.Run._restore(None, tmp_path / "search.ckpt", {}) == (3, 1.0) and [state.tolist() for state in put_back] == [[0, 0]]
+
+
 def test_the_core_imports_without_torchvision_and_does_nothing(tmp_path):
     script = f"""
 import sys
@@ -3433,6 +3509,44 @@ def test_the_time_left_is_that_of_the_present_rate(monkeypatch, capsys):
     clock[0] = 100.0
     progress.show(30, loss="1.5")                                             # 20 in 100 s, 20 are left
     assert "search 30/50  loss 1.5  ETA 1:40" in capsys.readouterr().err
+
+
+def test_on_a_terminal_no_line_is_left_half_written(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(asga.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+    def seen():
+        """The lines that a terminal shows: what is written over is gone."""
+        return [line.rpartition("\r\x1b[K")[2] for line in capsys.readouterr().err.split("\n")]
+
+    progress = asga.Progress("evaluating", 50)
+    clock[0] = 0.5
+    progress.show(20)
+    assert seen() == ["evaluating 20/50  ETA 0:01"]
+    progress.show(50)                                                         # too short a phase for a line of its own
+    assert seen() == [""]
+    clock[0] = 100.0
+    progress = asga.Progress("search", 50)
+    clock[0] = 159.6 - 40
+    progress.show(10)
+    asga.say("stopping")
+    assert seen() == ["asga: stopping", ""]
+    progress.show(50)
+    assert seen() == ["search 50/50  20 s", ""]
+    clock[0] = 100.0
+    progress = asga.Progress("search", 2)
+    clock[0] = 159.6
+    progress.show(1)
+    assert seen() == ["search 1/2  ETA 1:00"]
+
+
+def test_memory_is_what_a_container_leaves(tmp_path):
+    machine, file = asga.memory_size(tmp_path / "none"), tmp_path / "memory.max"
+    file.write_text("max\n")
+    assert asga.memory_size(file) == machine == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    file.write_text("1000000\n")
+    assert asga.memory_size(file) == 1000000
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
