@@ -1068,8 +1068,7 @@ class ASGA(torch.optim.Optimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state
         for group, before in zip(self.param_groups, perturb):
             group.setdefault("perturb", before)
-        if self.adaptive:                                                # a plain base optimizer's state has no radius
-            self.rho = state_dict.get("rho", self.rho).clamp(self.rho_min, self.rho_max)
+        self.rho = state_dict.get("rho", self.rho).clone()               # a plain base optimizer's state has none
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1146,17 +1146,6 @@ def test_gradients_that_share_memory_are_combined_once():
     assert torch.equal(stepped(True), stepped(False))
 
 
-def test_a_loaded_radius_stays_within_the_bounds_and_a_fixed_one_fixed():
-    def made(**kw):
-        return ASGA([nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1, alpha=0.0, **kw)
-
-    state = {**made(rho_min=0.0, rho_max=0.2).state_dict(), "rho": torch.tensor(0.02)}
-    fixed, higher, same = made(rho_min=0.0, rho_max=0.1, adaptive=False), made(rho_min=0.05, rho_max=0.1), made(rho_min=0.0, rho_max=0.2)
-    for optimizer, rho in ((fixed, 0.1), (higher, 0.05), (same, 0.02)):
-        optimizer.load_state_dict(state)
-        assert optimizer.rho.item() == pytest.approx(rho)
-
-
 @pytest.mark.parametrize("fail_in", [1, 2])
 def test_weights_are_restored_bit_for_bit_when_the_closure_raises(fail_in):
     net, x, y = small_net()

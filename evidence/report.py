@@ -82,7 +82,7 @@ def spread(values, form=".2f"):
 def bootstrap(values, draws=10_000):
     """95 % percentile interval of the mean."""
     generator = random.Random(0)
-    means = sorted(statistics.mean(generator.choices(values, k=len(values))) for _ in range(draws))
+    means = sorted(statistics.fmean(generator.choices(values, k=len(values))) for _ in range(draws))
     return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
 
 
