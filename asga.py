@@ -45,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 
 __version__ = "0.1.0"
 CANDIDATES = (2, 3, 4, 5, 6, 8)          # bitwidths that a search chooses from
-CLEAR = "\r\x1b[K"                      # a terminal's line, from its start
+CLEAR = "\r\x1b[K"                       # a terminal's line, from its start
 STEP_MIN = 1e-20                         # least quantizer step that counts: far below any real one, far above denormal numbers
 
 
