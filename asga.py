@@ -1,26 +1,25 @@
 """ASGA: mixed-precision quantization policies, searched on a small data set and carried over to a large one.
 
-An open reference implementation, in one file, of
-    Ma, Ma, Zhou, Xie, He, Lu: "Learning from Loss Landscape: Generalizable Mixed-Precision Quantization via Adaptive
-    Sharpness-Aware Gradient Aligning", ICML 2025, PMLR 267:42081-42095, arXiv 2505.04877   (cited below as "ASGA")
+An open reference implementation, in one file and not by the authors, of
+    Ma, Ma, Zhou, Xie, He, Lu: "Learning from Loss Landscape: Generalizable Mixed-Precision Quantization via
+    Adaptive Sharpness-Aware Gradient Aligning", ICML 2025, arXiv 2505.04877   (cited below as "ASGA")
 
-    python asga.py search                                          # bits per layer, found on the proxy set
-    python asga.py transfer runs/…/policy.json --data DIR          # the same bits on the target set, weights tuned
+    python asga.py search                                    bits per layer, found on the proxy set
+    python asga.py transfer runs/…/policy.json --data DIR    the same bits on the target set, weights tuned
 
-Reading order: quantizer, supernet, their fast paths, cost and budget, ASGA optimizer, policy, search, networks, data, runs,
-commands.
-Symbols are the paper's: θ = (w, s, β) weights, quantizer steps and real-valued bitwidths; L loss; g its gradient;
-ρ radius; h = L_p − L gap; α alignment step; C(β) expected cost; C* budget. "Our choice" marks what the paper leaves
-open; README.md numbers these choices. Needs torch; pictures and torchvision's networks need torchvision.
+First the method: quantizer, supernet, cost and budget, ASGA optimizer, search. After the banner "the method
+ends here": policy, speed, networks, data, runs, commands.
+The paper's symbols: θ = (w, s, β) weights, quantizer steps, real-valued bitwidths; L loss; g its gradient;
+ρ radius; h = L_p − L gap; α alignment step; C(β) expected cost, C* budget. "Our choice" marks what the
+paper leaves open; README.md numbers these choices.
 """
 import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import functools
-import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -31,1230 +30,553 @@ import shlex
 import signal
 import socket
 import sys
-import threading
 import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+import types
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-__version__ = "0.1.0"
-CANDIDATES = (2, 3, 4, 5, 6, 8)          # bitwidths that a search chooses from
-CLEAR = "\r\x1b[K"                       # a terminal's line, from its start
-STEP_MIN = 1e-20                         # least quantizer step that counts: far below any real one, far above denormal numbers
-
+__version__ = "0.2.0"
+CANDIDATES = (2, 3, 4, 5, 6, 8)  # bitwidths that a search chooses from
+STEP_MIN = 1e-20  # least quantizer step: far below real ones, far above denormal numbers
 
 class AsgaError(ValueError):
-    """What a user can mend: one line that names the value and the remedy. The command line prints it and exits with 2."""
+    """What a user can mend: one line with the value and the remedy. The command line exits with 2."""
 
 
-def say(line):
-    """One line to the person at the terminal (stderr: stdout is for results), in place of an unfinished line of progress."""
-    print(f"{CLEAR if sys.stderr.isatty() else ''}asga: {line}", file=sys.stderr, flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Quantizer: LSQ, with one candidate bitwidth (deployment) or a mixture of several (search)
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def mix_forward(x, row):
     """Σ_k π_k Q_k(x) with Q_k(x) = s_k · clamp(round(x / s_k), n_k, p_k)  (LSQ, Esser et al. 2020, eq. 1-2).
 
-    x: any shape and float dtype. row: [4, K], steps s above zero, integer bounds n and p, mixture weights π. Returns x's
-    shape and dtype. Half precisions are computed in float32 and rounded to x's dtype at the end (bfloat16 keeps 8 bits).
+    x: any shape. row: [4, K], float32 or wider: steps s above 0, whole bounds n and p, mixture weights π.
     """
-    wide, (s, n, p, pi) = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, row))
+    s, n, p, pi = row
+    wide = x.to(row.dtype)  # half precisions: computed in float32, rounded at the end
     mixed = 0
     for k in range(len(s)):
-        mixed = mixed + (pi[k] * s[k]) * (wide / s[k]).clamp(n[k], p[k]).round()    # whole bounds: rounding may come last
+        mixed = mixed + pi[k] * s[k] * (wide / s[k]).clamp(n[k], p[k]).round()
     return mixed.to(x.dtype)
 
-
 def mix_backward(grad, x, row):
-    """The declared straight-through gradients of mix_forward, (∂x, ∂row [4, K]); rounding's true derivative is zero.
+    """The declared straight-through gradients of mix_forward: (∂x, ∂row [4, K]). Rounding's own is zero.
 
-    ∂Q/∂x = 1 where n ≤ x/s ≤ p, else 0;  ∂Q/∂s = round(x/s) − x/s inside, n below, p above (LSQ eq. 3), times the LSQ
-    gradient scale 1/√(numel·p) (p = 0, the signed 1-bit range, counts as 1);  ∂Q/∂π_k = Q_k − Q_1. Since Σπ = 1 always,
-    what is the same for all k changes no gradient of what π is made from, and a difference spares two large sums.
+    ∂Q/∂x = 1 where n ≤ x/s ≤ p, else 0.
+    ∂Q/∂s = round(x/s) − x/s inside, n below, p above (LSQ eq. 3), times LSQ's gradient scale 1/√(numel · p).
+    ∂Q/∂π_k = Q_k − Q_1: as Σπ = 1, what is the same for all k changes nothing, and this spares a sum.
     """
-    wide, g, (s, n, p, pi) = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, grad, row))
-    passed, levels, grad_s = 0, [], []
+    s, n, p, pi = row
+    wide, grad_wide = x.to(row.dtype), grad.to(row.dtype)
+    passed = 0
+    values, grad_s, grad_pi = [], [], []
     for k in range(len(s)):
         v = wide / s[k]
         clamped = v.clamp(n[k], p[k])
-        rounded = clamped.round()
+        level = clamped.round()
         inside = clamped == v
         passed = passed + torch.where(inside, pi[k], 0)
-        scale = pi[k] / (x.numel() * p[k].clamp_min(1)).sqrt()
-        grad_s.append((g * torch.where(inside, rounded - v, rounded)).sum() * scale)
-        levels.append(s[k] * rounded)
-    zero = torch.zeros_like(grad_s[0])
-    grad_pi = [zero] + [(g * (level - levels[0])).sum() for level in levels[1:]]
-    none = [zero] * len(s)                                                                       # n and p are constants
-    return (g * passed).to(x.dtype), torch.stack(grad_s + none + none + grad_pi).view(4, -1).to(row.dtype)
-
+        scale = pi[k] / (x.numel() * p[k]).sqrt()
+        grad_s.append(scale * (grad_wide * torch.where(inside, level - v, level)).sum())
+        values.append(s[k] * level)
+        grad_pi.append((grad_wide * (values[k] - values[0])).sum())
+    constant = torch.zeros_like(s)  # n and p are no parameters
+    grad_row = torch.stack([torch.stack(grad_s), constant, constant, torch.stack(grad_pi)])
+    return (grad_wide * passed).to(x.dtype), grad_row
 
 class FakeQuantize(torch.autograd.Function):
-    """mix_forward and mix_backward as one differentiable function; only x is kept for the backward pass."""
-
-    forward_kernel, backward_kernel = mix_forward, mix_backward                       # compiled: see Fused
+    """mix_forward and mix_backward as one differentiable function; only x is kept for the backward pass.
+    Section "speed" puts compiled ones in their place; who compiles the whole network sees the formulas."""
+    value, gradients = mix_forward, mix_backward
 
     @staticmethod
     def forward(ctx, x, row):
         ctx.save_for_backward(x, row)
-        return FakeQuantize.forward_kernel(x, row)
+        return mix_forward(x, row) if torch.compiler.is_compiling() else FakeQuantize.value(x, row)
 
     @staticmethod
     def backward(ctx, grad):
-        return FakeQuantize.backward_kernel(grad, *ctx.saved_tensors)
-
-
-def check_bits(bits, where=""):
-    """bits as a sorted tuple of distinct ints in 1…16; one int or several. Raises AsgaError, which begins with `where`."""
-    found = tuple(bits) if isinstance(bits, (tuple, list, range)) else (bits,)
-    for b in found:
-        if isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= 16:
-            raise AsgaError(f"{where}bitwidth {b!r} is not possible: give whole numbers from 1 to 16")
-    if not found or len(set(found)) < len(found):
-        raise AsgaError(f"{where}candidates {list(found)} must be one or more different bitwidths")
-    return tuple(sorted(found))
-
+        plain = torch.compiler.is_compiling()
+        return (mix_backward if plain else FakeQuantize.gradients)(grad, *ctx.saved_tensors)
 
 def mse_optimal_step(x, n, p):
-    """The step s > 0 (0-dim tensor) that minimizes Σ (Q(x) − x)² over the sample x [N] for the integer range [n, p].
-
-    A logarithmic grid of clips finds the basin, a fine one its floor; alternating least squares (fix the levels, solve for
-    s) refines that, and cannot make it worse.
-    """
-    top = x.abs().max() / max(p, 1)
-    if not 0 < top < math.inf:                                       # nothing to fit (all zero), or not a number
-        return torch.full_like(top, 1 / max(p, 1))
-    few = x[:: max(1, len(x) // 8192)]
-    s = top
+    """The step s > 0 that minimizes Σ (Q(x) − x)² over the sample x [N] for the integer range [n, p].
+    A coarse grid finds the basin, a fine one its floor; alternating least squares refines that."""
+    s = x.abs().max() / p
+    if not 0 < s < math.inf:  # nothing to fit, or not a number
+        return torch.full_like(s, 1 / p)
+    few = x[::max(1, len(x) // 8192)]
     for grid in (torch.logspace(-2, 0, 32), torch.linspace(0.86, 1.16, 49)):
-        steps = s * grid.to(x)                                                                              # [G]
-        levels = (few / steps[:, None]).round().clamp(n, p)                                                 # [G, N]
-        s = steps[(levels * steps[:, None] - few).square().sum(-1).argmin()]
-    for _ in range(4):
+        steps = (s * grid.to(x))[:, None]  # [G, 1]
+        errors = ((few / steps).round().clamp(n, p) * steps - few).square().sum(-1)  # [G]
+        s = steps[errors.argmin(), 0]
+    for _ in range(4):  # the best s for these levels, and anew
         levels = (x / s).round().clamp(n, p)
-        s = torch.where(levels.square().sum() > 0, (x * levels).sum() / levels.square().sum(), s)
+        square = levels.square().sum()
+        s = torch.where(square > 0, (x * levels).sum() / square, s)
     return s.clamp_min(STEP_MIN)
 
-
 class Quantizer(nn.Module):
-    """Tensor in, fake-quantized tensor of the same shape out: Q_b(x) for one candidate bitwidth b (plain LSQ), a mixture
-    Σ_b π_b Q_b(x) for several. The supernet of the search and the deployed network are made of this one class.
+    """Tensor in, fake-quantized tensor out: Q_b(x) for one candidate bitwidth b (plain LSQ), else a mixture.
 
-    bits: one int or several (1…16). signed: True [−2^(b−1), 2^(b−1)−1], False [0, 2^b−1], None: unsigned where calibration
-    saw no negative value. relaxation, where several candidates:
-      "interpolate" (our choice, after FracBits, Yang & Jin 2021): `beta`, 0-dim, is the bitwidth itself; the two candidates
-          beside it are mixed with λ = (β − b_lo)/(b_hi − b_lo). On a candidate that one alone speaks; ∂/∂β looks up (on the last, down).
-      "softmax" (EdMIPS, Cai & Vasconcelos 2020): `logits` [K], π = softmax(logits / tau) over all candidates.
-    `steps` [K] are learned. They start at the MSE-optimal clip of calibration data (calibrate, or else the first tensor
-    seen), never from ones, and are NaN until then. `enabled = False` makes it the identity.
+    bits: one int or several, 2 to 16. signed: integers −2^(b−1) … 2^(b−1)−1 if True, 0 … 2^b−1 if False; if
+    None, unsigned where calibration saw no negative value.
+    `beta`, 0-dim, is the bitwidth itself. Of several candidates the two beside it are mixed, with weights 1−λ
+    and λ = (β − b_lo)/(b_hi − b_lo) (our choice, after FracBits, Yang & Jin 2021). On a candidate that one
+    alone speaks, and ∂/∂β looks up (on the last, down). `steps` [K] are learned; NaN until calibrated.
+    `enabled = False` makes it the identity.
     """
 
-    def __init__(self, bits, signed=None, relaxation="interpolate", tau=1.0):
+    def __init__(self, bits, signed=None):
         super().__init__()
-        if relaxation not in ("interpolate", "softmax"):
-            raise AsgaError(f"unknown relaxation {relaxation!r}: use 'interpolate' or 'softmax'")
-        self.bits, self.relaxation, self.tau = check_bits(bits), relaxation, tau
-        self.enabled, self.sample, self.ready = True, None, False
-        self.auto_sign, self.row = signed is None, None
-        count = len(self.bits)
-        self.steps = nn.Parameter(torch.full((count,), math.nan))                               # s
-        self.register_buffer("grid", torch.zeros(3, count, dtype=torch.int32))                  # rows: bits, n, p; exact also in .half()
+        self.bits, self.auto_sign = check_bits(bits), signed is None
+        self.enabled, self.sample, self.row = True, None, None  # row: its mixture, inside `prepared`
+        self.steps = nn.Parameter(torch.full((len(self.bits),), math.nan))
+        self.register_buffer("grid", torch.zeros(3, len(self.bits), dtype=torch.int32))  # rows: bits, n, p
         self.set_signed(signed is None or signed)
-        if count == 1:
-            self.register_buffer("beta", torch.tensor(float(self.bits[0])))
-        elif relaxation == "interpolate":
-            self.beta = nn.Parameter(torch.tensor(sum(self.bits) / count))                      # β
+        beta = torch.tensor(sum(self.bits) / len(self.bits))
+        if len(self.bits) > 1:
+            self.beta = nn.Parameter(beta)
         else:
-            self.logits = nn.Parameter(torch.zeros(count))                                      # z
+            self.register_buffer("beta", beta)
 
     def set_signed(self, signed):
-        """Choose the integer ranges: signed or unsigned."""
-        b = torch.tensor(self.bits, dtype=self.grid.dtype)
+        b = torch.tensor(self.bits, dtype=torch.int32)
         low = -(2 ** (b - 1)) if signed else torch.zeros_like(b)
         self.grid.copy_(torch.stack([b, low, low + 2 ** b - 1]))
 
-    def expected_bits(self):
-        """E[b] = Σ π_b b, 0-dim; for "interpolate" this is β itself."""
-        return (torch.softmax(self.logits / self.tau, 0) * self.grid[0]).sum() if hasattr(self, "logits") else self.beta
-
-    def calibrated(self):
-        """Whether the steps are set. Asks the device until they are, not at every step."""
-        self.ready = self.ready or not self.steps.isnan().any().item()
-        return self.ready
-
-    def _load_from_state_dict(self, *args):
-        self.ready = False                                          # what is loaded may be from before calibration
-        super()._load_from_state_dict(*args)
-
     def forward(self, x):
-        if not self.enabled or not x.numel():                       # nothing to round, as where an expert gets no tokens
-            return x
-        if x.is_nested:                                             # what nn.TransformerEncoder makes of padded batches in eval mode
-            if x.layout == torch.jagged:
-                return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), x.lengths())
-            return torch.nested.as_nested_tensor([self(t) for t in x.unbind()])
-        if self.sample is not None:                                 # calibration looks on, and changes nothing
+        if self.sample is not None:  # calibration looks on, and changes nothing
             self.observe(x.detach())
-            return x
-        if not self.calibrated():
-            self.calibrate(x)
-        # the row [s, n, p, π] that mix_forward takes: made here, or for all quantizers of the model at once (Prepared)
-        shared = self.row is not None and self.row.device == x.device                           # not in replicas on other devices
-        return FakeQuantize.apply(x, self.row if shared else mixtures([self])[0])
-
-    def __getstate__(self):
-        return {**self.__dict__, "row": None}
+        elif self.enabled:
+            return FakeQuantize.apply(x, self.mixtures([self])[0] if self.row is None else self.row)
+        return x
 
     def observe(self, x, limit=65536):
-        """Keep at most `limit` values of x (drawn evenly, by a fixed seed) for calibrate(), and whether any was negative."""
+        """Keep what calibrate() needs of x: whether any value is negative, and at most `limit` of them."""
         negative, x = bool((x < 0).any()), x.flatten()
         if len(x) > limit:
-            x = x[torch.randint(len(x), (limit,), generator=torch.Generator().manual_seed(0)).to(x.device)]
-        self.sample.append((negative, x.to(torch.promote_types(x.dtype, torch.float32))))        # into a list that replicas share
+            draw = torch.randint(len(x), (limit,), generator=torch.Generator().manual_seed(0))
+            x = x[draw.to(x.device)]
+        self.sample.append((negative, x.to(torch.promote_types(x.dtype, torch.float32))))
 
     @torch.no_grad()
     def calibrate(self, x=None):
-        """Set sign and steps from x (any shape), or from what was observed. Nothing seen: stays uncalibrated."""
+        """Set sign and steps from x (any shape), or from what was observed; nothing seen: they stay."""
         if x is not None:
             self.sample = []
-            self.observe(x.detach())
+            self.observe(x)
         if self.sample:
+            negative, values = zip(*self.sample)
             if self.auto_sign:
-                self.set_signed(any(negative for negative, _ in self.sample))
-            sample = torch.cat([values.to(self.steps.device) for _, values in self.sample])
+                self.set_signed(any(negative))
             for k, (_, n, p) in enumerate(self.grid.t().tolist()):
-                self.steps[k] = mse_optimal_step(sample, n, p)
+                self.steps[k] = mse_optimal_step(torch.cat(values), n, p)
         self.sample = None
 
     def select(self, bits):
         """A Quantizer of the same sign with the single candidate `bits` and the step learned for it."""
-        if bits not in self.bits:
-            raise AsgaError(f"{bits} bit was not among the candidates {list(self.bits)}")
         k = self.bits.index(bits)
         chosen = Quantizer(bits, bool(self.grid[1, k] < 0)).to(self.steps.device)
         chosen.steps.data = self.steps.data[k:k + 1].clone()
-        chosen.enabled, chosen.auto_sign = self.enabled, self.auto_sign
         return chosen
 
-    def extra_repr(self):
-        return f"bits={self.bits}, relaxation={self.relaxation!r}"
-
-
-def mixtures(quantizers):
-    """[Q, 4, K']: for each of Q quantizers of one kind the steps s, bounds n and p, and weights π of the candidates in its
-    mixture; K' is 2 for "interpolate"."""
-    first = quantizers[0]
-    s = torch.stack([q.steps for q in quantizers])                                                           # [Q, K]
-    s = s.to(torch.promote_types(s.dtype, torch.float32))
-    b, n, p = torch.stack([q.grid for q in quantizers], 1)                                                   # [Q, K] each
-    if len(first.bits) == 1:
+    @staticmethod
+    def mixtures(quantizers):
+        """[Q, 4, K]: rows (s, n, p, π) of Q quantizers with equally many candidates; K is 2, or 1 for one."""
+        s = torch.stack([q.steps for q in quantizers])  # [Q, candidates]
+        s = s.to(torch.promote_types(s.dtype, torch.float32))
+        b, n, p = torch.stack([q.grid for q in quantizers], 1)  # the same, each
         pi = torch.ones_like(s)
-    elif first.relaxation == "softmax":
-        pi = torch.softmax(torch.stack([q.logits for q in quantizers]) / first.tau, 1)
-    else:
-        beta = torch.stack([q.beta for q in quantizers])[:, None]                                            # [Q, 1]
-        low = (b[:, 1:-1] <= beta).sum(1, keepdim=True)                                        # of b_lo, the last one ≤ β
-        index = torch.cat([low, low + 1], 1)
-        b, n, p, s = (t.gather(1, index) for t in (b, n, p, s))
-        share = (beta - b[:, :1]) / (b[:, 1:] - b[:, :1])                                                    # λ
-        share = share + (share.clamp(0, 1) - share).detach()      # a perturbed β may stand beyond the last candidate
-        pi = torch.cat([1 - share, share], 1)
-    with torch.no_grad():
-        s.clamp_min_(STEP_MIN)                           # a perturbation may carry a step to or below zero: no division by that
-    return torch.stack([s, n, p, pi], 1)
+        if s.shape[1] > 1:
+            beta = torch.stack([q.beta for q in quantizers])[:, None]  # [Q, 1]
+            low = (b[:, 1:-1] <= beta).sum(1, keepdim=True)  # of b_lo, the last one ≤ β
+            pair = torch.cat([low, low + 1], 1)
+            b, n, p, s = (t.gather(1, pair) for t in (b, n, p, s))
+            share = (beta - b[:, :1]) / (b[:, 1:] - b[:, :1])  # λ
+            # a perturbed β may stand beyond the last candidate: its value is clamped, its gradient goes on
+            share = share.detach().clamp(0, 1) + (share - share.detach())
+            pi = torch.cat([1 - share, share], 1)
+        s = s.detach().clamp_min(STEP_MIN) + (s - s.detach())  # likewise a step perturbed to or below 0
+        return torch.stack([s, n, p, pi], 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Supernet: every Conv2d and Linear of any network gets a quantizer on its weight and one on its input
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Operands(torch.overrides.TorchFunctionMode):
-    """While one layer's own forward runs, F.conv2d(x, w) becomes F.conv2d(Q_a(x), Q_w(w)), and F.linear likewise, where w has
-    the shape of its weight. It acts there and not on `weight` and the layer's input because subclasses pad by hand or
-    standardize their weights: what must be on the integer grid is what the hardware multiplies.
+    """While one layer's own forward runs, F.conv2d(x, w) becomes F.conv2d(Q_a(x), Q_w(w)); F.linear likewise.
+
+    There, and not on `layer.weight`, as subclasses pad by hand or standardize their weights: what must be on
+    the integer grid is what the hardware multiplies. Products with weights of another shape stay.
     """
+    names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
 
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.conv2d and func is not F.linear:
-            return func(*args, **kwargs)
-        names = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args), **kwargs)
-        x, weight, layer = names.pop("input"), names.pop("weight"), self.layer
-        if weight.shape != layer.operand_shape:
-            return func(*args, **kwargs)
-        layer.multiplied = True
-        fixed = not (layer.learn_image_step or x.requires_grad) and len(layer.input_quantizer.bits) == 1
+        if func not in (F.conv2d, F.linear):
+            return func(*args, **(kwargs or {}))
+        named = {**dict(zip(self.names, args)), **(kwargs or {})}
+        if named["weight"].shape == self.layer.operand_shape:
+            named["input"] = self.layer.input_quantizer(named["input"])
+            named["weight"] = self.layer.weight_quantizer(named["weight"])
+        return func(**named)
 
-        def product(x, weight):
-            with torch._C.DisableTorchFunction():              # a layer that holds other layers must not see their calls
-                with torch.no_grad() if fixed else contextlib.nullcontext():
-                    quantized = layer.input_quantizer(x)
-                return func(quantized, layer.weight_quantizer(weight), **names)
+def quantized_forward(layer, *args, **kwargs):
+    with Operands(layer):
+        return type(layer).forward(layer, *args, **kwargs)
 
-        if layer.recompute:                                    # the quantized operands live no longer than the product
-            out = checkpoint(product, x, weight, use_reentrant=False, preserve_rng_state=False)
+def attach(layer, weight_quantizer, input_quantizer):
+    """Give a layer its quantizers: same weight, same state-dict keys, same forward, quantized operands."""
+    layer.operand_shape = layer.weight.shape
+    layer.weight_quantizer = weight_quantizer.to(layer.weight.device)
+    layer.input_quantizer = input_quantizer.to(layer.weight.device)
+    layer.forward = types.MethodType(quantized_forward, layer)
+    torch.backends.mha.set_fastpath_enabled(False)  # torch's fused transformer layers would bypass it
+
+def attach_quantizers(model, choices):
+    """A copy of `model` whose layers named in choices {name: (bits w, bits a)} are quantized, not calibrated.
+    Layers that are quantized already must get one of their bitwidths, and keep the step learned for it."""
+    model = copy.deepcopy(model)
+    found = layers_of(model)
+    for name, (w, a) in choices.items():
+        layer = found[name]
+        if not hasattr(layer, "weight_quantizer"):
+            attach(layer, Quantizer(w, signed=True), Quantizer(a))
+        elif w in layer.weight_quantizer.bits and a in layer.input_quantizer.bits:
+            attach(layer, layer.weight_quantizer.select(w), layer.input_quantizer.select(a))
         else:
-            out = product(x, weight)
-        if layer.tally is not None:
-            layer.tally(out.numel() * weight[0].numel())
-        return out
-
-
-class QuantizedLayer:
-    """Mixed into the class of a layer (see `twin`): same weight, same state-dict keys, same forward, quantized operands."""
-
-    tally, recompute, learn_image_step = None, False, True                          # see trace, and set_training
-    multiplied = False                                          # ever: stochastic depth may leave a layer out
-
-    def forward(self, *args, **kwargs):
-        with Operands(self):
-            out = super().forward(*args, **kwargs)
-        if not self.multiplied and self.tally is None and self.weight_quantizer.enabled:
-            raise AsgaError(f"a {type(self).__mro__[2].__name__} does not multiply by its weight through F.conv2d or F.linear, so it "
-                            f"cannot be quantized: give example_inputs, and it stays in full precision")
-        return out
-
-    def __reduce__(self):                                      # the mixed class has no importable name: pickle its parts
-        return _revive, (type(self).__mro__[2],), self.__dict__
-
-
-@functools.cache
-def twin(kind):
-    """The quantized twin of a layer class, Conv2d, Linear, or any subclass of them."""
-    return type(f"Quantized{kind.__name__}", (QuantizedLayer, kind), {"__module__": kind.__module__})
-
-
-def _revive(kind):
-    layer = twin(kind)
-    return layer.__new__(layer)
-
+            raise AsgaError(f"layer {name} is quantized already, not to {w} and {a} bit: take the original")
+    return model
 
 def layers_of(model):
     """{name: module} of what can be quantized, in the order of registration."""
-    if any(map(nn.parameter.is_lazy, model.parameters())):
-        raise AsgaError(f"{type(model).__name__} has lazy layers, whose sizes are not known yet: run a batch through it first")
     return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-
 
 def quantized_layers(model):
     """{name: layer} of a quantized model's layers; each has `weight_quantizer` and `input_quantizer`."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
-
+    return {name: m for name, m in layers_of(model).items() if hasattr(m, "weight_quantizer")}
 
 def quantizers_of(model):
     """All quantizers in a model."""
     return [m for m in model.modules() if isinstance(m, Quantizer)]
 
-
-def set_quantizers(model, enabled):
-    """Switch all quantizers of a model on or off. Without them it computes bit for bit what the original computes."""
-    for q in quantizers_of(model):
-        q.enabled = enabled
-
-
-def _own_forward(layer, args):
-    """A hook that does nothing. Its presence keeps torch from its fused transformer layers, which would bypass ours."""
-
-
-def _attach(layer, weight_quantizer, input_quantizer):
-    if not isinstance(layer, QuantizedLayer):
-        layer.operand_shape = layer.weight.shape
-        layer.__class__ = twin(type(layer))
-        layer.register_forward_pre_hook(_own_forward)
-    layer.weight_quantizer = weight_quantizer.to(layer.weight.device)
-    layer.input_quantizer = input_quantizer.to(layer.weight.device)
-
-
-@torch.no_grad()                                               # else scripted parameters are no leaves any more
-def _copy(model):
-    """deepcopy, also of networks that keep a computed tensor (an activation, old weight_norm), which deepcopy refuses."""
-    computed = {id(t): t.detach().clone() for m in model.modules() for t in torch.utils._pytree.tree_leaves(vars(m))
-                if torch.is_tensor(t) and t.grad_fn is not None}
-    copied = copy.deepcopy(model, computed)
-    for p, original in zip(copied.parameters(), model.parameters()):
-        p.requires_grad_(original.requires_grad)
-    return copied
-
-
-def _as_args(example_inputs):
-    return example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-
-
-@contextlib.contextmanager
-def _evaluating(model):
-    """In eval mode; modes are put back. Even to read a weight changes some networks while they train (spectral norm)."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-
-
-@torch.no_grad()
-def _run_eval(model, args):
-    """model(*args) in eval mode, without a trace."""
-    with _evaluating(model):
-        return model(*args)
-
-
-class LayerCost(NamedTuple):
-    """Multiply-accumulates of one image through one layer, and the numbers in its weight."""
-    macs: int
-    numel: int
-
-
-def trace(model, example_inputs):
-    """{name: LayerCost} of every Conv2d and Linear that one eval forward pass really multiplies with, in call order.
-
-    example_inputs: a tensor [N, C, H, W] or a tuple of arguments. MACs are per image, counted at the operands, so
-    groups, strides, padding by hand and repeated calls are right. The model is left as it was.
-    """
-    model, macs = _copy(model), {}
-    found = layers_of(model)
-    for name, layer in found.items():
-        if not isinstance(layer, QuantizedLayer):
-            _attach(layer, Quantizer(8), Quantizer(8))
-        layer.tally = lambda count, name=name: macs.update({name: macs.get(name, 0) + count})
-    set_quantizers(model, False)
-    args = _as_args(example_inputs)
-    _run_eval(model, args)
-    images = next((len(a) for a in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(a) and a.dim() > 1), 1)
-    return {name: LayerCost(count // images, found[name].weight.numel()) for name, count in macs.items()}
-
-
-def edge_bits(names, keep):
-    """{name: bits} of the layers that a search leaves alone. keep: an int, the bits of the first and the last layer;
-    {name: bits}; a name or several (8 bits each); or None, no layer.
-    """
-    if not names:
-        raise AsgaError("the network uses no Conv2d and no Linear layer: there is nothing to quantize")
-    if keep is None:
-        return {}
-    if isinstance(keep, int):
-        kept = dict.fromkeys([names[0], names[-1]], keep)
-    else:
-        if not isinstance(keep, (str, dict, list, tuple, set, frozenset)):
-            raise AsgaError(f"keep {keep!r} is not understood: give bits, names of layers, {{name: bits}}, or None")
-        kept = dict(keep) if isinstance(keep, dict) else dict.fromkeys([keep] if isinstance(keep, str) else keep, 8)
-    for name, bits in kept.items():
-        check_bits((bits,), "keep: ")
-        if name not in names:
-            raise AsgaError(f"keep names layer {name!r}, which the network lacks: its layers are {', '.join(names)}")
-    return kept
-
-
-def quantize(model, bits_or_policy, *, keep=8, example_inputs=None, relaxation="interpolate", tau=1.0):
-    """A quantized copy of any nn.Module; the argument stays as it was.
-
-    bits_or_policy: an int (that many bits everywhere); several ints, or {"w": ints, "a": ints}: the candidates of a
-    supernet; or a Policy. keep: see edge_bits (a policy names every layer, so it is not used there). example_inputs (a
-    tensor or a tuple of arguments, real data): calibrates all steps at once, finds the order of the layers, and leaves
-    layers whose weight no F.conv2d or F.linear of their own forward uses in full precision. Without it each activation
-    quantizer calibrates itself on the first tensor that it sees. A supernet quantized again with a policy keeps the steps
-    that it learned.
-    BatchNorm's statistics stay those of full precision: see update_statistics. Tune with StepGuard.
-    Raises AsgaError where policy and network do not fit.
-    """
-    found = layers_of(model)
-    if isinstance(bits_or_policy, Policy):
-        bits_or_policy.check(model, example_inputs)
-        choices = bits_or_policy.choices
-    elif quantized_layers(model):
-        raise AsgaError("the network is quantized already: quantize the original, or give a policy")
-    else:
-        reached = list(trace(model, example_inputs)) if example_inputs is not None else list(found)
-        pair = bits_or_policy if isinstance(bits_or_policy, dict) else {"w": bits_or_policy, "a": bits_or_policy}
-        if set(pair) != {"w", "a"}:
-            raise AsgaError(f"bits {pair} are not understood: give an int, several, {{'w': …, 'a': …}}, or a Policy")
-        kept = edge_bits(reached, keep)
-        choices = {name: ((kept[name],),) * 2 if name in kept else (pair["w"], pair["a"]) for name in reached}
-    net = attach_quantizers(model, choices, relaxation, tau)
-    if quantized_layers(model):                                # a supernet: its steps are learned
-        return net
-    if example_inputs is not None:
-        calibrate(net, [example_inputs])
-    for layer in quantized_layers(net).values():               # the others: at the first call, on the operand that they make
-        plain = type(layer).__mro__[2].forward in (nn.Conv2d.forward, nn.Linear.forward)
-        if plain and layer.weight_quantizer.steps.isnan().any():
-            with _evaluating(layer):
-                layer.weight_quantizer.calibrate(layer.weight)
-    return net
-
-
-def attach_quantizers(model, choices, relaxation="interpolate", tau=1.0):
-    """A copy of `model` whose layers named in choices {name: (candidates w, candidates a)} are quantized, not calibrated.
-    Layers that are quantized already must get one candidate each, and keep the step learned for it."""
-    model = _copy(model)
-    found = layers_of(model)
-    with _evaluating(model):
-        for name, (w, a) in choices.items():
-            layer, w, a = found[name], check_bits(w), check_bits(a)
-            if not isinstance(layer, QuantizedLayer):
-                _attach(layer, Quantizer(w, True, relaxation, tau), Quantizer(a, None, relaxation, tau))
-            else:
-                _attach(layer, layer.weight_quantizer.select(*w), layer.input_quantizer.select(*a))
-    return model
-
-
-def set_training(net, recompute=False):
-    """How our own loops train a quantized network. recompute: layers keep their plain operands and quantize them again in the
-    backward pass. Where a layer's input needs no gradient (images) and has one bitwidth, its step stays as calibrated: to
-    learn it takes the gradient by the images, which nothing else needs.
-    """
-    for layer in quantized_layers(net).values():
-        layer.recompute, layer.learn_image_step = recompute, False
-
-
-class StepGuard:
-    """`with StepGuard(model): optimizer.step()`: no quantizer step more than halves or doubles in one update. A step is a
-    scale: one too large update of it, across zero, would silence its layer for good. Otherwise nothing changes."""
-
-    def __init__(self, model):
-        self.quantizers = quantizers_of(model)
-
-    @torch.no_grad()
-    def __enter__(self):
-        self.steps = [q.steps for q in self.quantizers if q.calibrated()]            # the others calibrate themselves inside
-        self.before = [s.clone() for s in self.steps]
-
-    @torch.no_grad()
-    def __exit__(self, *error):
-        if self.steps:
-            torch._foreach_maximum_(self.steps, torch._foreach_mul(self.before, 0.5))
-            torch._foreach_minimum_(self.steps, torch._foreach_mul(self.before, 2.0))
-
-
 def calibrate(model, batches):
-    """Set the steps of all quantizers of a model from full-precision passes over a few `batches` (each a tensor or a tuple
-    of arguments; up to 65,536 values of each stay in memory for every quantizer), in eval mode. Quantizers that no batch
-    reaches stay as they were.
-    """
-    found = [q for q in quantizers_of(model) if q.enabled]
+    """Set the steps of all quantizers that `batches` (each a tensor or a tuple of arguments) reach, from
+    full-precision passes in eval mode."""
+    found = quantizers_of(model)
     for q in found:
         q.sample = []
     try:
-        for batch in batches:
-            _run_eval(model, _as_args(batch))
+        with evaluating(model):
+            for batch in batches:
+                model(*as_args(batch))
         for q in found:
             q.calibrate()
     finally:
         for q in found:
             q.sample = None
 
+def quantize(model, bits_or_policy, example_inputs, *, keep=8):
+    """A quantized, calibrated copy of any nn.Module; the argument stays as it was.
 
-@torch.no_grad()
-def update_statistics(model, batches):
-    """Estimate BatchNorm's running statistics anew from `batches` (as for calibrate), in training mode: rounding shifts what
-    layers put out, and at 2 or 3 bits the old statistics fit it badly (our choice). Unreached layers keep theirs, and so do
-    frozen parts: those in eval mode where the model trains. Not torch's update_bn, which resets what frozen layers compute with.
+    bits_or_policy: an int; several, or {"w": ints, "a": ints}: the candidates of a supernet; or a Policy.
+    example_inputs: real data, a tensor or a tuple of arguments; layers that it does not reach stay in full
+    precision. keep: see edge_bits (a policy names every layer). A supernet quantized with a policy keeps the
+    steps that it learned. Tune with step_guard. Raises AsgaError where policy and network do not fit.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-    frozen = [m for m in model.modules() if model.training and not m.training]
-    with _evaluating(model), Prepared(model):                                                 # puts the modes back
-        model.train()
-        for m in frozen:
-            m.training = False
-        before = [(m, copy.deepcopy(m.state_dict()), m.momentum) for m in norms if m.training]
-        complete = False
-        try:
-            for m, _, _ in before:
-                m.reset_running_stats()
-                m.momentum = None                                                             # the mean over all batches
-            for batch in batches:
-                model(*_as_args(batch))
-            complete = True
-        finally:
-            for m, state, momentum in before:
-                m.momentum = momentum
-                if not complete or m.num_batches_tracked == 0:
-                    m.load_state_dict(state)
+    if isinstance(bits_or_policy, Policy):
+        bits_or_policy.check(model, example_inputs)
+        choices = bits_or_policy.layers
+    else:
+        bits = bits_or_policy if isinstance(bits_or_policy, dict) else dict.fromkeys("wa", bits_or_policy)
+        names = list(trace(model, example_inputs))
+        choices = dict.fromkeys(names, (bits["w"], bits["a"]))
+        choices.update((name, (b, b)) for name, b in edge_bits(names, keep).items())
+    net = attach_quantizers(model, choices)
+    if not quantized_layers(model):
+        calibrate(net, [example_inputs])
+    return net
+
+@contextlib.contextmanager
+def step_guard(model):
+    """`with step_guard(model): optimizer.step()`: no quantizer step more than halves or doubles in an update.
+    It is a scale: one update across zero would silence its layer for good."""
+    steps = [q.steps.data for q in quantizers_of(model)]
+    before = [s.clone() for s in steps]
+    yield
+    if steps:
+        torch._foreach_maximum_(steps, torch._foreach_mul(before, 0.5))
+        torch._foreach_minimum_(steps, torch._foreach_mul(before, 2.0))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Fast paths of quantizers and supernet: the same results, sooner. Skip them at first reading.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Cost and budget: bit operations and bytes, and a hard constraint on them
+# ------------------------------------------------------------------------------------------------------------
 
-class Fused:
-    """Runs mix_forward or mix_backward through torch.compile: the quantizer is memory traffic, and a fused kernel reads
-    x once. All layers share one kernel: x is flattened, its size is dynamic, steps and bounds are tensors. Without a
-    compiler (C++ on CPU, Triton on CUDA) the same formula runs eagerly, and one line says so. Fused.on = False forbids it.
-    """
-    on = True
+BUDGET_HELP = "3bit (the cost of uniform 3/3), 7.2G (BOPs), 4.5MB (of weights), 0.05x (of the 32-bit BOPs)"
+SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
-    def __init__(self, formula):
-        self.formula, self.compiled = formula, None
+class LayerCost(NamedTuple):
+    """Multiply-accumulates of one image through one layer, and the numbers in its weight."""
+    macs: int
+    numel: int
 
-    def __call__(self, *tensors):
-        if not Fused.on or torch.is_grad_enabled() or torch.compiler.is_compiling():   # grad mode: double backward
-            return self.formula(*tensors)
-        x, row = tensors[-2:]                                               # last in both formulas
-        last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if last else torch.contiguous_format
-        x = x.contiguous(memory_format=layout)
+def trace(model, example_inputs):
+    """{name: LayerCost} of the Conv2d and Linear that a forward pass calls, in call order, over all calls.
+    example_inputs: a tensor [N, C, H, W] or a tuple of arguments."""
+    args, macs = as_args(example_inputs), {}
 
-        def flat(t):                       # in memory order; no view and detached: dynamo guards on both, and would recompile
-            t = t.detach().contiguous(memory_format=layout)
-            return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), (t.numel(),))
+    def count(layer, inputs, out):
+        macs[layer] = macs.get(layer, 0) + out.numel() * layer.weight[0].numel() // len(args[0])
 
-        def shaped(t):
-            return t.as_strided(x.shape, x.stride())
+    names = {layer: name for name, layer in layers_of(model).items()}
+    hooks = [layer.register_forward_hook(count) for layer in names]
+    try:
+        with evaluating(model):
+            model(*args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {names[layer]: LayerCost(total, layer.weight.numel()) for layer, total in macs.items()}
 
-        try:
-            self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
-            with torch.autocast(x.device.type, enabled=False):                     # one kernel inside and outside of autocast
-                out = self.compiled(*(flat(t) for t in tensors[:-1]), row.detach())
-        except Exception as error:                                                    # whatever a toolchain can raise
-            out = self.formula(*tensors)                                              # raises again if the input is at fault
-            Fused.on = False
-            say(f"torch.compile does not work here ({type(error).__name__}); quantizers run eagerly: same results, slower")
-            return out
-        return shaped(out) if torch.is_tensor(out) else (shaped(out[0]), *out[1:])
-
-
-FakeQuantize.forward_kernel, FakeQuantize.backward_kernel = Fused(mix_forward), Fused(mix_backward)
-
-
-class Prepared:
-    """`with Prepared(model): forward and backward pass`: the mixtures of all quantizers of a model are made at once, one
-    operation for all instead of one for each. Inside, steps and bitwidths must not change. Same results, sooner.
-
-    Each quantizer gets its row as a leaf; the gradients that rows collected go on to steps and bitwidths at the end, so that
-    the backward pass may come in several parts (checkpointing) or leave layers out (whose gradients stay None).
-    """
-
-    def __init__(self, model):
-        self.quantizers = quantizers_of(model)
-
-    def __enter__(self):
-        groups, self.rows = {}, []
-        for q in self.quantizers:
-            if q.ready:
-                kind = len(q.bits), q.relaxation, q.tau, q.steps.device, q.steps.dtype, q.steps.requires_grad
-                groups.setdefault(kind, []).append(q)
-        for group in groups.values():
-            for q, row in zip(group, mixtures(group).unbind()):
-                q.row = row.detach().clone().requires_grad_(row.requires_grad)      # no view: dynamo would recompile for it
-                self.rows.append((q, row))
-
-    def __exit__(self, kind, *error):
-        used = [(row, q.row.grad) for q, row in self.rows if q.row.grad is not None]
-        idle = [p for q, _ in self.rows if q.row.grad is None for p in q.parameters() if p.grad is None]
-        for q in self.quantizers:
-            q.row = None
-        self.rows = []
-        if used and kind is None:
-            torch.autograd.backward(*zip(*used))
-            for p in idle:
-                p.grad = None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Cost and budget: bit operations and bytes, a hard constraint on them, and the exact way back to whole bits
-# ----------------------------------------------------------------------------------------------------------------------
-
-BUDGET_HELP = "3bit (the cost of uniform 3/3), 7.2G (BOPs; K M G T), 4.5MB (size; KB MB GB), 0.05x (of the 32-bit BOPs)"
-FILL = 0.99                              # a discrete policy spends at least this share of the budget, where one can
-
-
-def human(value):
-    """1234567 → '1.235M'."""
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if value >= factor:
-            return f"{value / factor:.4g}{unit}"
-    return f"{value:.4g}"
-
+def edge_bits(names, keep):
+    """{name: bits} of the layers that a search leaves alone. keep: {name: bits}; an int, the bits of the
+    first and the last layer; or None."""
+    if not names:
+        raise AsgaError("the network uses no Conv2d and no Linear layer: there is nothing to quantize")
+    kept = {names[0]: keep, names[-1]: keep} if isinstance(keep, int) else keep or {}
+    for name in kept:
+        check_bits(kept[name], "keep: ")
+        if name not in names:
+            raise AsgaError(f"keep names layer {name!r}, which the network lacks: it has {', '.join(names)}")
+    return kept
 
 class Budget:
     """Bounds on the cost of a policy over given layers, and the projection that keeps a search on them.
 
-    BOPs_l = macs_l · w_l · a_l, weight bits_l = numel_l · w_l. spec: see BUDGET_HELP; several are joined by commas ("3bit,
-    4.5MB"). layers: {name: LayerCost}. lo, hi: [2, L], the least and largest bits of each layer (row 0 weights, row 1
-    activations; equal where a layer is fixed). kept: names of the layers that "3bit" leaves at their bits. Raises
-    AsgaError for an unreadable spec and for one that cannot be met.
+    BOPs_l = macs_l · w_l · a_l, weight bits_l = numel_l · w_l. spec: BUDGET_HELP; a comma joins two. layers:
+    {name: LayerCost}. lo, hi: [2, L], least and most bits (row 0 weights, row 1 activations; equal where a
+    layer is fixed). kept: layers that "3bit" leaves at their bits. AsgaError for a spec that cannot be met.
     """
 
     def __init__(self, spec, layers, lo, hi, kept=()):
         self.spec, self.names = str(spec), list(layers)
-        self.kept = torch.tensor([name in kept for name in layers], device=lo.device)
         self.lo, self.hi = lo.double().clone(), hi.double()
-        # [2, L]: rows are MACs and numel, float64: exact up to 2^53
-        self.sizes = torch.tensor([[c.macs for c in layers.values()], [c.numel for c in layers.values()]],
-                                  dtype=torch.float64, device=lo.device)
-        self.limits = {}                                                # {"bops": …, "weight_bits": …}, one or both
+        self.kept = torch.tensor([name in kept for name in layers], device=lo.device)
+        self.sizes = torch.tensor(list(layers.values()), device=lo.device).double().t()  # [2, L]: MACs, numel
+        self.limits = self.lo.new_full((2,), math.inf)  # BOPs, weight bits
         for part in self.spec.split(","):
-            kind, value = self._parse(part.strip())
-            if kind in self.limits:
-                raise AsgaError(f"budget {self.spec!r} bounds {kind} twice: give one bound on BOPs, one on the size")
-            least, most = (self.cost(bits)[kind].item() for bits in (self.lo, self.hi))
-            if value > most * (1 + 1e-9):
-                say(f"budget {part.strip()!r} is more than the dearest policy costs: nothing has to be given up for it")
+            kind, value = self.parse(part.strip())
+            least, most = self.cost(self.lo)[kind].item(), self.cost(self.hi)[kind].item()
             if value < least:
-                unit = (lambda v: human(v) + " BOPs") if kind == "bops" else (lambda v: human(v / 8) + "B")
-                raise AsgaError(f"budget {part.strip()!r} = {unit(value)} cannot be met: with these candidates the network "
-                                f"takes {unit(least)} to {unit(most)}")
-            self.limits[kind] = value
-        if "bops" not in self.limits:
-            self.lo[1] = self.hi[1]                                     # activations cost nothing: they keep their most bits
+                ends = f"{human(least)} to {human(most)} {('BOPs', 'bits of weights')[kind]}"
+                raise AsgaError(f"budget {part!r} = {human(value)} cannot be met: give {ends}")
+            self.limits[kind].clamp_(max=value)
+        if self.limits[0] == math.inf:
+            self.lo[1] = self.hi[1]  # activations cost nothing: they keep their most bits
 
-    def _parse(self, text):
-        match = re.fullmatch(r"(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+)\s*([A-Za-z]*)", text)
-        number, unit = (float(match[1]), match[2].lower()) if match else (0, "")
-        scale = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-        if number > 0 and math.isfinite(number):
-            if unit in ("bit", "bits"):
-                return "bops", self.cost(torch.where(self.kept, self.lo, number))["bops"].item()
-            if unit == "x":
-                return "bops", number * 32 * 32 * self.sizes[0].sum().item()
-            if unit.removesuffix("bops") in scale:
-                return "bops", number * scale[unit.removesuffix("bops")]
-            if unit == "b" or len(unit) == 2 and unit[1] == "b" and unit[0] in scale:
-                return "weight_bits", number * scale.get(unit[0], 1) * 8
-        raise AsgaError(f"budget {text!r} is not understood: write {BUDGET_HELP}")
+    def parse(self, text):
+        """(0, BOPs) or (1, weight bits): what one bound means."""
+        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([A-Za-z]+)", text)
+        number, unit = (float(match[1]), match[2]) if match else (0.0, "")
+        prefix, size = unit.lower().removesuffix("bops"), unit[:-1].lower()
+        if unit in ("bit", "bits"):
+            return 0, self.cost(torch.where(self.kept, self.lo, number))[0].item()
+        if unit == "x":
+            return 0, number * 32 * 32 * self.sizes[0].sum().item()
+        if unit.endswith("B") and size in SCALES:  # a small b would be bits
+            return 1, number * SCALES[size] * 8
+        if prefix and prefix in SCALES:
+            return 0, number * SCALES[prefix]
+        raise AsgaError(f"budget {text!r} is not understood: write {BUDGET_HELP}; units K M G T")
 
     def cost(self, bits):
-        """{"bops", "weight_bits"} of bits [..., 2, L], expected or whole; each [...], float64."""
-        bits = bits.double()
-        return {"bops": (self.sizes[0] * bits[..., 0, :] * bits[..., 1, :]).sum(-1),
-                "weight_bits": (self.sizes[1] * bits[..., 0, :]).sum(-1)}
+        """[..., 2] float64: BOPs and weight bits of bits [..., 2, L], expected or whole."""
+        w, a = bits.double().unbind(-2)
+        macs, numel = self.sizes
+        return torch.stack([(macs * w * a).sum(-1), (numel * w).sum(-1)], -1)
 
     def spent(self, bits):
-        """Share of the budget that bits [2, L] cost: the larger one where two bounds are given. 1 is C = C*."""
-        cost = self.cost(bits)
-        return torch.stack([cost[kind] / limit for kind, limit in self.limits.items()]).amax(0)
+        """Share of the budget that bits [..., 2, L] cost: the larger one of two bounds. 1 is C = C*."""
+        return (self.cost(bits) / self.limits).amax(-1)
 
     def gradient(self, bits):
         """∇ log C at bits [2, L] → [2, L]; summed over the bounds."""
-        cost, total = self.cost(bits), torch.zeros_like(bits)
-        if "bops" in self.limits:
-            total = total + self.sizes[0] * bits.flip(0) / cost["bops"]
-        if "weight_bits" in self.limits:
-            total[0] = total[0] + self.sizes[1] / cost["weight_bits"]
-        return total
+        bops, weight_bits = torch.where(self.limits < math.inf, self.cost(bits), math.inf)
+        slope = self.sizes[0] * bits.flip(0) / bops
+        slope[0] += self.sizes[1] / weight_bits
+        return slope
 
-    def solve(self, move, reach):
-        """The t in [−reach, reach] where move(t) spends 1, from below: bits that fall as t grows (a step against the cost's
-        gradient; in uniform() minus the bitwidth). move takes t [T, 1, 1] and gives [T, 2, L]. Each round looks at 257 points
-        at once, which is 8 of bisection. Tensors throughout: the device is never asked. Where all of the range costs too
-        little, t = −reach."""
-        left, right = -reach, reach
+    def along(self, bits, slope):
+        """The point of the line bits − t · slope, clamped to [lo, hi], that spends 1, from below; [2, L].
+        Each round looks at 257 points, which is 8 of bisection, and never asks the device."""
+        def at(t):
+            return (bits - t * slope).clamp(self.lo, self.hi)
+
+        right = torch.where(slope > 0, (self.hi.max() - self.lo.min()) / slope, 0).max()  # all are at an end
+        left = -right
         share = torch.linspace(0, 1, 257, dtype=torch.float64, device=self.lo.device)
         for _ in range(7):
             t = left + (right - left) * share
-            first = (self.spent(move(t[:, None, None])) > 1).sum().clamp_max(256)                    # point that is cheap enough
+            first = (self.spent(at(t[:, None, None])) > 1).sum().clamp_max(256)  # that is cheap enough
             left, right = t[torch.stack([(first - 1).clamp_min(0), first])]
-        return right
+        return at(right)
 
     def project(self, bits):
-        """bits [2, L] moved along ∓∇ log C onto C = C*, within [lo, hi]; as they are where they meet it to 1e-6.
-
-        Both ways: unspent budget is lost accuracy (our choice, in place of a loss weight). Returns float64.
-        """
+        """bits [2, L] moved along ∓∇ log C onto C = C*, within [lo, hi]; as they are if they meet it to 1e-6.
+        Both ways: unspent budget is lost accuracy (our choice, in place of a loss weight). float64."""
         bits = bits.double().clamp(self.lo, self.hi)
-        slope = self.gradient(bits)
-        reach = torch.where(slope > 0, (self.hi - self.lo) / slope, 0).max()            # there every layer is at an end
-        move = lambda t: (bits - t * slope).clamp(self.lo, self.hi)
-        t = self.solve(move, reach)
-        return torch.where((self.spent(bits) - 1).abs() <= 1e-6, bits, move(t))
-
-    def project_logits(self, logits, values, tau):
-        """The same for softmax mixtures: logits [2, L, K] of the candidates `values` [2, L, K] → logits that spend 1, by
-        exponential tilting z ← z − t · slope · b: the nearest distribution in the sense of the Kullback-Leibler divergence.
-        """
-        expected = lambda z: (torch.softmax(z / tau, -1) * values).sum(-1)
-        logits, values = logits.double(), values.double()
-        slope = self.gradient(expected(logits))[..., None]
-        reach = 100 * tau / torch.where(slope > 0, slope, math.inf).min()
-        tilted = lambda t: logits - t * slope * values
-        t = self.solve(lambda t: expected(tilted(t[..., None])), reach)
-        return torch.where((self.spent(expected(logits)) - 1).abs() <= 1e-6, logits, tilted(t))
+        met = (self.spent(bits) - 1).abs() <= 1e-6
+        return torch.where(met, bits, self.along(bits, self.gradient(bits)))
 
     def uniform(self):
         """bits [2, L] of the (fractional) uniform policy that spends 1: where a search starts."""
-        move = lambda t: (-t).clamp(self.lo, self.hi)                                         # t: the bitwidth, negative
-        return move(self.solve(move, self.hi.max()))
+        return self.along(torch.full_like(self.lo, self.lo.min()), torch.ones_like(self.lo))
 
     def choose(self, penalties):
-        """{name: (w, a)}: the whole-bit policy of least total penalty within the budget that spends FILL of it.
-
-        penalties: for each layer {(w, a): float} over its possible bits. Exact (see knapsack).
-        """
-        options = [list(p) for p in penalties]
-        sizes = self.sizes.t().long().tolist()
-        columns = {"bops": lambda size, w, a: size[0] * w * a, "weight_bits": lambda size, w, a: size[1] * w}
-        costs = [torch.tensor([[columns[kind](size, w, a) for kind in self.limits] for w, a in option])
-                 for size, option in zip(sizes, options)]
-        values = [torch.tensor(list(p.values()), dtype=torch.float64) for p in penalties]
-        chosen = knapsack(values, costs, list(self.limits.values()))
-        return {name: option[i] for name, option, i in zip(self.names, options, chosen)}
+        """{name: (w, a)}: the whole-bit policy of least total penalty that spends 99 to 100 % of the budget.
+        penalties: for each layer {(w, a): float} over its possible bits. Exact: see knapsack."""
+        bounded, values, costs = (self.limits < math.inf).cpu(), [], []
+        for (macs, numel), options in zip(self.sizes.t().tolist(), penalties):
+            w, a = torch.tensor(list(options), dtype=torch.float64).t()
+            costs.append(torch.stack([macs * w * a, numel * w], 1)[:, bounded])
+            values.append(torch.tensor(list(options.values()), dtype=torch.float64))
+        chosen = knapsack(values, costs, self.limits.cpu()[bounded])
+        return {name: list(options)[i] for name, options, i in zip(self.names, penalties, chosen)}
 
 
-def lagrangian(values, costs, limits, fill):
-    """(a lower bound of the knapsack's optimum, L tensors [n_l]: what each choice adds to it at least).
-
-    Σ_l min (v + Σ_k μ_k ĉ_k) − Σ_k μ_k, with shares ĉ of the budgets, never exceeds the optimum for μ ≥ 0; nor does it for
-    μ < 0, where there is one budget, with −μ · fill. It is concave in μ: a grid, refined around its best point, makes it tight.
-    """
-    shares = [c.double() / limits for c in costs]
-    pad = lambda rows, value: nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-    table_v, table_c = pad(values, math.inf), pad(shares, 0.0)                                         # [L, n], [L, n, K]
-    axis = torch.cat([torch.zeros(1), torch.logspace(-3, 5, 33)]).double()
-    trial = torch.cartesian_prod(*[axis] * len(limits)).view(-1, len(limits))                                   # μ [T, K]
-    if len(limits) == 1:
-        trial = torch.cat([trial, -trial])
-    for spread in (0.8, 0.2, 0.05, 0.01, 0.002):
-        dual = (table_v[..., None] + table_c @ trial.t()).amin(1).sum(0) - (trial * torch.where(trial < 0, fill, 1.0)).sum(1)
-        mu = trial[dual.argmax()]
-        near = torch.linspace(1 - spread, 1 + spread, 17).double()
-        trial = mu * torch.cartesian_prod(*[near] * len(limits)).view(-1, len(limits))
-    excess = [v + s @ mu for v, s in zip(values, shares)]
-    return float(dual.max()), [e - e.min() for e in excess]
-
-
-def knapsack(values, costs, limits, fill=FILL):
-    """Exact multiple-choice knapsack: one choice i_l per layer with the least Σ values[l][i_l] such that the costs stay
-    within `limits` and spend at least `fill` of them (of one of them, where there are two). Where no choice does, the
-    dearest one within the limits, the least value among equally dear ones. Raises AsgaError where nothing is cheap enough.
-
-    values: L tensors [n_l], float. costs: L tensors [n_l, K], int64. limits: K numbers. Returns L ints.
-
-    Layer by layer, the largest first, all partial sums are kept that could still lead to the optimum: within the limits,
-    able to reach the fill, not beaten by one of equal cost, and with a Lagrangian lower bound below the best known
-    solution. A first pass with few states finds such a solution; a pass that had to drop none proves it.
-    """
-    limits = torch.tensor([math.floor(limit) for limit in limits])                                     # [K] int64
-    share = lambda cost: (cost.double() / limits).amax(-1)                                                # of the budget
-    order = sorted(range(len(costs)), key=lambda l: -float(share(costs[l].amax(0) - costs[l].amin(0))))
-    costs, values = [costs[l] for l in order], [values[l].double() for l in order]
-    least = torch.stack([c.amin(0) for c in costs] + [torch.zeros_like(limits)]).flip(0).cumsum(0).flip(0)   # [L+1, K]
-    most = torch.stack([c.amax(0) for c in costs] + [torch.zeros_like(limits)]).flip(0).cumsum(0).flip(0)
-    if (least[0] > limits).any():
-        raise AsgaError(f"budget {limits.tolist()} cannot be met: the cheapest policy costs {least[0].tolist()}")
-
-    bound, excess = lagrangian(values, costs, limits, fill)
-
-    def sweep(width, floor, best, dearest):
-        """The best state (value, spent, choices) of those that spend `floor` with a bound below `best`, or None; and whether
-        no state was dropped for want of width."""
-        # a state is a choice for the layers so far: its cost [K], its excess over the bound, its value
-        cost, over, value = torch.zeros(1, len(limits), dtype=torch.int64), torch.zeros(1).double(), torch.zeros(1).double()
-        history, complete = [], True
-        for l, (c, e, v) in enumerate(zip(costs, excess, values)):
-            cost, over, value = ((old[:, None] + new[None]).flatten(0, 1) for old, new in ((cost, c), (over, e), (value, v)))
-            potential = share((cost + most[l + 1]).minimum(limits))
-            keep = (cost + least[l + 1] <= limits).all(-1) & (potential >= floor) & (bound + over <= best + 1e-9)
-            index = keep.nonzero()[:, 0]
-            for key in (value, *cost.unbind(1)):                     # by cost, among equal costs the least value first
-                index = index[key[index].argsort(stable=True)]
-            first = torch.ones(len(index), dtype=torch.bool)
-            first[1:] = (cost[index][1:] != cost[index][:-1]).any(-1)
-            index = index[first]
-            if len(index) > width:
-                score = -potential[index] if dearest else over[index]
-                index, complete = index[score.argsort(stable=True)[:width]], False
-            if not len(index):
-                return None, complete
-            cost, over, value = cost[index], over[index], value[index]
-            history.append((index // len(v), index % len(v)))
-        spent, picks = share(cost), []
-        i = int(torch.where(spent == spent.max(), value, math.inf).argmin() if dearest else value.argmin())
-        result = float(value[i]), float(spent[i])
-        for parent, choice in reversed(history):
-            picks.append(int(choice[i]))
-            i = int(parent[i])
-        return (*result, picks[::-1]), complete
-
-    def optimum(dearest):
-        found, complete, width = None, False, 500
-        while not complete and width < 1e6:
-            floor, best = (found[1] if found else 0, math.inf) if dearest else (fill, found[0] if found else math.inf)
-            result, complete = sweep(width, floor, best, dearest)
-            rank = lambda r: (-r[1], r[0]) if dearest else r[0]
-            found = min((r for r in (found, result) if r), key=rank, default=None)
-            width *= 20
-        if not complete:
-            say("the knapsack is too large to prove its optimum; the best policy found is used")
-        return found
-
-    found = optimum(False) or optimum(True)
-    if found is None:
-        raise AsgaError(f"budget {limits.tolist()} cannot be met: no policy keeps all of its bounds at once")
-    return [i for _, i in sorted(zip(order, found[2]))]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # ASGA optimizer. This section stands alone: copied into a file under `import torch` it works on any model.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def adaptive_radius(gap, rho_min, rho_max):
     """ρ = clip(ln(1 + max(h, 0)), ρ_min, ρ_max)  (ASGA: min(ρ_max, ln(h + 1)); the floor is our choice).
-
-    gap: h, a number or a tensor. Returns a tensor within the bounds for every h; a gap that is no number tells nothing
-    about sharpness, so it gets the cautious ρ_min.
-    """
-    gap = gap if torch.is_tensor(gap) else torch.tensor(gap, dtype=torch.float64)
-    rho = torch.log1p(gap.clamp(min=0))
-    return torch.where(rho.isnan(), rho_min, rho).clamp(rho_min, rho_max)
-
+    A gap that is no number says nothing about sharpness: it gets the cautious ρ_min."""
+    rho = torch.log1p(torch.as_tensor(gap).clamp(min=0))
+    return rho.nan_to_num(nan=rho_min, posinf=rho_max).clamp(rho_min, rho_max)
 
 class ASGA(torch.optim.Optimizer):
-    """Sharpness-aware gradient aligning around any torch.optim optimizer:  min_θ L(θ) + L_p(θ − α ∇L(θ)).
+    """Sharpness-aware gradient aligning around a torch.optim optimizer:  min_θ L(θ) + L_p(θ − α ∇L(θ)).
 
         1  g   = ∇L(θ)
-        2  g_p = ∇L(θ + (ρ/‖g‖ − α) g)         same batch and dropout draws, buffers (BatchNorm) frozen, θ restored exactly
-        3  if ⟨g_p, g⟩ < 0:  g_p ← g_p − ⟨g_p, g⟩/‖g‖² · g                   explicit alignment, off with project=False
-        4  base optimizer steps along (g + g_p)/2
-        5  h = L_p − L;  ρ ← adaptive_radius(h)                                fixed at ρ_max with adaptive=False
+        2  g_p = ∇L(θ + (ρ/‖g‖ − α) g)          same batch and dropout; θ and `buffers` are put back exactly
+        3  if ⟨g_p, g⟩ < 0:  g_p ← g_p − ⟨g_p, g⟩/‖g‖² · g        off with project=False
+        4  base optimizer steps along (g + g_p)/2                 along g_p with direction="perturbed"
+        5  h = L_p − L;  ρ ← adaptive_radius(h)                   fixed at ρ_max with adaptive=False
 
-    base_optimizer: an optimizer over the same parameters, or a class or function that makes one from them
-    (ASGA(model.parameters(), torch.optim.SGD, lr=0.1, …): other keywords go there). Groups with `perturb=False` stay
-    where they are in step 2; ‖g‖ in step 2 is the one global L2 norm over all that are moved. step(closure) calls the
-    closure twice; as for LBFGS it clears gradients, runs forward and backward, and returns the loss.
+    ASGA(model.parameters(), torch.optim.SGD, lr=0.1, rho_min=…, rho_max=…, alpha=…, buffers=model.buffers())
 
-    Switches: direction="perturbed" steps along g_p alone; with it, alpha=0, adaptive=False and project=False this is SAM
-    (Foret et al. 2021). alpha=0 and rho_max=0 is the base optimizer itself, in one pass.
-    `last` holds the last step's loss, perturbed_loss, gap h, rho (as used), grad_norm ‖g‖, cos(g, g_p) and projected, as
-    0-dim tensors: reading one waits for the device, the step does not. `rho` is the radius of the next step; the first
-    step takes ρ_max.
+    `step(closure)` is closure, `ascend`, closure, `descend`; the closure clears gradients, runs forward and
+    backward and returns the loss. Neither half waits for the device. Without `buffers` BatchNorm's statistics
+    move in both passes. alpha=0, adaptive=False, project=False, direction="perturbed" is SAM (Foret et al.
+    2021); alpha=0, rho_max=0 is the base optimizer, in one pass. `last` holds loss, perturbed_loss, gap, rho,
+    grad_norm, cos and projected of the last step, as 0-dim tensors.
     """
 
-    def __init__(self, params, base_optimizer, *, rho_min, rho_max, alpha, adaptive=True, project=True, direction="mean",
-                 **base_settings):
+    def __init__(self, params, base_class, *, rho_min, rho_max, alpha, adaptive=True, project=True,
+                 direction="mean", buffers=(), **base_settings):
         if not 0 <= rho_min <= rho_max < float("inf") or not 0 <= alpha < float("inf"):
-            raise ValueError(f"need 0 <= rho_min <= rho_max and 0 <= alpha, all finite; got {rho_min}, {rho_max}, {alpha}")
+            raise ValueError(f"need finite 0 <= rho_min {rho_min} <= rho_max {rho_max}, 0 <= alpha {alpha}")
         if direction not in ("mean", "perturbed"):
             raise ValueError(f"direction {direction!r}: use 'mean' or 'perturbed'")
-        params = list(params)
-        groups = params if not params or isinstance(params[0], dict) else [{"params": params}]
-        groups = [{**group, "params": [group["params"]] if torch.is_tensor(group["params"]) else
-                   [p[1] if isinstance(p, tuple) else p for p in group["params"]]} for group in groups]   # named_parameters()
-        if isinstance(base_optimizer, torch.optim.Optimizer):
-            if base_settings:
-                raise ValueError(f"{', '.join(base_settings)}: base_optimizer is made already, give it its settings there")
-            still = {id(p) for group in groups if not group.get("perturb", True) for p in group["params"]}
-            given = {id(p) for group in groups for p in group["params"]}
-            if given != {id(p) for group in base_optimizer.param_groups for p in group["params"]}:
-                raise ValueError("base_optimizer holds other parameters than params: give both the same ones")
-            for group in base_optimizer.param_groups:
-                inside = {id(p) for p in group["params"]}
-                if inside & still and inside - still:
-                    raise ValueError("perturb=False covers part of a group of base_optimizer: give it groups of its own")
-                group["perturb"] = not inside & still and group.get("perturb", True)
-            self.base = base_optimizer
-        else:
-            self.base = base_optimizer(groups, **base_settings)
-        if isinstance(self.base, torch.optim.LBFGS):
-            raise ValueError("LBFGS calls the closure itself, and would never see the combined gradient: use another base_optimizer")
-        if any(group.get("maximize") for group in self.base.param_groups):
-            raise ValueError("maximize=True: sharpness is defined for a loss that is minimized; negate the loss instead")
+        self.base = base_class(params, **base_settings)
         super().__init__(self.base.param_groups, self.base.defaults)
-        self.param_groups, self.state = self.base.param_groups, self.base.state                          # shared, not copied
+        self.param_groups, self.state = self.base.param_groups, self.base.state  # shared, not copied
         self.rho_min, self.rho_max, self.alpha = rho_min, rho_max, alpha
         self.adaptive, self.project, self.direction = adaptive, project, direction
-        self.rho, self.last, self.backup = torch.tensor(rho_max, dtype=torch.float64), {}, []
+        self.buffers, self.last = list(buffers), {}
+        self.rho = torch.tensor(float(rho_max), device=self.param_groups[0]["params"][0].device)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        if closure is None:
-            raise ValueError("ASGA takes two passes a step: give step() a closure that returns the loss")
+    def step(self, closure):
         closure = torch.enable_grad()(closure)
-        dense = lambda t: t.to_dense() if t.is_sparse else t
-        wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))           # half precisions overflow in norms and products
-        length = lambda tensors: torch.nn.utils.get_total_norm([wide(t) for t in tensors])
-        params = [p for group in self.param_groups for p in group["params"]]
-        draws = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in {p.device for p in params if p.is_cuda}]
-        loss = closure()
-        if loss is None:
-            raise ValueError("the closure returned nothing: it clears gradients, runs forward and backward, and returns the loss")
-        loss = torch.as_tensor(loss).detach().reshape(())
-        # 1: g; of views (of a bucket of DistributedDataParallel) a copy, as the second pass writes there
-        grad = {p: dense(p.grad.clone() if p.grad._is_view() else p.grad) for p in params if p.grad is not None}
-        moved = [p for group in self.param_groups if group.get("perturb", True) for p in group["params"] if p in grad]
-        if not moved or self.rho_max == self.alpha == 0:
-            norm = length(grad.values())
-            self.last = dict(loss=loss, perturbed_loss=loss, gap=loss - loss, rho=torch.zeros_like(norm), grad_norm=norm,
-                             cos=torch.ones_like(norm), projected=torch.zeros_like(norm, dtype=torch.bool))
-            self.base.step()
-            return loss
-
-        norm = length([grad[p] for p in moved])
-        rho = self.rho = self.rho.to(norm)
-        scale = torch.where(norm > 0, rho / norm, 0) - self.alpha
-        if [(b.shape, b.dtype, b.device) for b in self.backup] != [(p.shape, p.dtype, p.device) for p in moved]:
-            self.backup = [torch.empty_like(p) for p in moved]          # kept: fresh memory takes longer than the copy itself
-        torch._foreach_copy_(self.backup, moved)
-        for p in params:
-            p.grad = None
-        try:                                                                                               # 2: g_p
-            torch._foreach_add_(moved, torch._foreach_mul([grad[p] for p in moved], scale))
-            perturbed_loss = torch.as_tensor(self._second_pass(closure, draws)).detach().reshape(())
-        finally:
-            torch._foreach_copy_(moved, self.backup)
-
-        both = [p for p in params if p in grad or p.grad is not None]           # no gradient in one of the passes: zero
-        g = [grad[p] if p in grad else torch.zeros_like(p) for p in both]
-        g_p = [dense(p.grad) if p.grad is not None else torch.zeros_like(p) for p in both]
-        dot = torch.stack([(wide(a) * wide(b)).sum() for a, b in zip(g_p, g)]).sum()                                         # ⟨g_p, g⟩
-        square = (norm if len(moved) == len(g) else length(g)).square()
-        product = square.sqrt() * length(g_p)                                                                # ‖g‖ · ‖g_p‖
-        conflict = (dot < 0) & (square > 0)
-        against = torch.where(conflict & self.project, dot / square, 0)                  # ⟨g_p, g⟩/‖g‖², where it is negative
-        share = 1.0 if self.direction == "mean" else 0.0                       # 3 and 4 at once: (g_p + (1 − against) · g)/2
-        if share or self.project:
-            mixed = torch._foreach_mul(g, share - against)          # not into g_p: autograd lets two gradients share memory
-            torch._foreach_add_(mixed, g_p)
-            g_p = mixed
-        if share:
-            torch._foreach_mul_(g_p, 0.5)
-        for p, direction in zip(both, g_p):
-            p.grad = direction
-        gap = perturbed_loss - loss                                                                          # 5: h
-        self.last = dict(loss=loss, perturbed_loss=perturbed_loss, gap=gap, rho=rho, grad_norm=norm,
-                         cos=torch.where(product > 0, dot / product, 0), projected=conflict & self.project)
-        self.base.step()
-        if self.adaptive:
-            self.rho = adaptive_radius(gap, self.rho_min, self.rho_max)
+        if self.rho_max == self.alpha == 0:
+            return self.one_pass(closure().detach())
+        devices = {p.device for group in self.param_groups for p in group["params"] if p.is_cuda}
+        with torch.random.fork_rng(devices):  # so that the second pass draws the same dropout
+            loss = closure().detach()
+        self.ascend(loss)
+        try:
+            perturbed_loss = closure().detach()
+        except BaseException:
+            self.restore()
+            raise
+        self.descend(perturbed_loss)
         return loss
 
-    def _second_pass(self, closure, draws):
-        """closure() with the random draws of the first pass; what it does to buffers of the modules that it calls is undone."""
-        saved = {}
+    @torch.no_grad()
+    def ascend(self, loss):
+        """Keep L, g, θ and the buffers; move θ up by (ρ/‖g‖ − α) g."""
+        self.loss = loss
+        self.params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.g = [p.grad for p in self.params]
+        self.norm = torch.nn.utils.get_total_norm(self.g)
+        self.theta = [p.clone() for p in self.params]
+        self.kept = [b.clone() for b in self.buffers]
+        for p in self.params:
+            p.grad = None  # g keeps its memory
+        scale = torch.where(self.norm > 0, self.rho / self.norm, 0) - self.alpha
+        torch._foreach_add_(self.params, torch._foreach_mul(self.g, scale))
 
-        def save(module, args):                 # with all that is inside: compiled and scripted modules call no hooks there
-            for m in module.modules() if module not in saved else ():
-                saved.setdefault(m, [(name, b, b.clone()) for name, b in m._buffers.items() if b is not None and m.training])
+    @torch.no_grad()
+    def restore(self):
+        """θ and the buffers as they were, bit for bit."""
+        torch._foreach_copy_(self.params, self.theta)
+        for buffer, before in zip(self.buffers, self.kept):
+            buffer.copy_(before)
 
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(save)
-        cpu, cuda = draws
-        try:
-            with torch.random.fork_rng(devices=[device for device, _ in cuda], device_type="cuda"):
-                torch.set_rng_state(cpu)
-                for device, state in cuda:
-                    torch.cuda.set_rng_state(state, device)
-                return closure()
-        finally:
-            hook.remove()
-            for module, buffers in saved.items():
-                for name, buffer, before in buffers:
-                    if 0 not in buffer.stride():                                     # expanded ones cannot be written
-                        buffer.copy_(before)
-                    module._buffers[name] = buffer
+    @torch.no_grad()
+    def descend(self, perturbed_loss):
+        """Put θ back, align g_p with g, let the base optimizer step, set the next radius."""
+        self.restore()
+        g, norm = self.g, self.norm
+        g_p = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        dot = torch.stack([(a * b).sum() for a, b in zip(g_p, g)]).sum()
+        conflict = (dot < 0) & (norm > 0) & self.project
+        against = torch.where(conflict, dot / norm.square(), 0)
+        cos = dot / (norm * torch.nn.utils.get_total_norm(g_p)).clamp_min(1e-30)
+        g_p = torch._foreach_sub(g_p, torch._foreach_mul(g, against))
+        direction = torch._foreach_lerp(g_p, g, 0.5) if self.direction == "mean" else g_p
+        for p, d in zip(self.params, direction):
+            p.grad = d
+        self.base.step()
+        gap = perturbed_loss - self.loss
+        self.last = dict(loss=self.loss, perturbed_loss=perturbed_loss, gap=gap, rho=self.rho.clone(),
+                         grad_norm=norm, cos=cos, projected=conflict)
+        if self.adaptive:
+            self.rho.copy_(adaptive_radius(gap, self.rho_min, self.rho_max))
 
-    def __getstate__(self):      # torch's would keep the groups alone: copies need all, but not the `step` that a scheduler wrapped
-        return {key: value for key, value in self.__dict__.items() if key != "step"}
+    @torch.no_grad()
+    def one_pass(self, loss):
+        """The base optimizer itself."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm, zero = torch.nn.utils.get_total_norm(grads), torch.zeros_like(loss)
+        self.last = dict(loss=loss, perturbed_loss=loss, gap=zero, rho=zero, grad_norm=norm, cos=zero + 1,
+                         projected=zero.bool())
+        self.base.step()
+        return loss
 
     def state_dict(self):
         """The base optimizer's state and the radius: enough to continue identically."""
         return {**self.base.state_dict(), "rho": self.rho.clone()}
 
-    def load_state_dict(self, state_dict):
-        perturb = [group.get("perturb", True) for group in self.param_groups]
-        self.base.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+    def load_state_dict(self, state):
+        self.rho.copy_(state["rho"])
+        self.base.load_state_dict({key: state[key] for key in ("state", "param_groups")})
         self.param_groups, self.state = self.base.param_groups, self.base.state
-        for group, before in zip(self.param_groups, perturb):
-            group.setdefault("perturb", before)
-        self.rho = state_dict.get("rho", self.rho).clone()               # a plain base optimizer's state has none
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Policy: the bits of every layer, and the file that carries them
-# ----------------------------------------------------------------------------------------------------------------------
-
-def write_atomic(path, write):
-    """write(temporary path), then move it into place: a reader never sees half a file."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:                               # RuntimeError: torch.save, on a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise AsgaError(f"cannot write {path} ({reason}): make room, or give --out a folder that you may write to")
-    finally:
-        if part.is_file():
-            part.unlink()
-
-
-def write_json(path, data):
-    """Readable JSON, written atomically: the outermost dict, and any dict of dicts, one entry a line."""
-    spread = lambda v, depth: isinstance(v, dict) and v and (depth == 0 or any(isinstance(i, dict) for i in v.values()))
-
-    def lines(value, depth=0):
-        if not spread(value, depth):
-            return json.dumps(value, default=lambda v: v.item())                        # numbers of numpy and torch
-        pad = "  " * (depth + 1)
-        return "{\n" + ",\n".join(f"{pad}{json.dumps(k)}: {lines(v, depth + 1)}" for k, v in value.items()) + f"\n{pad[2:]}}}"
-
-    write_atomic(path, lambda part: part.write_text(lines(data) + "\n"))
-
-
-@dataclasses.dataclass
-class Policy:
-    """Bits of every quantized layer, in network order: what a search finds and a transfer uses.
-
-    layers: {name: (w, a)}. sizes: {name: LayerCost}, of the network that it was made for. info: the other keys of the file
-    ("arch", "budget", "candidates", "proxy", "search").
-    """
-    layers: dict
-    sizes: dict = dataclasses.field(default_factory=dict)
-    info: dict = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        for name, bits in self.layers.items():
-            if not isinstance(bits, (tuple, list)) or len(bits) != 2:
-                raise AsgaError(f"layer {name}: {bits!r} is not a pair of bitwidths (weights, activations)")
-            for b in bits:
-                check_bits((b,), f"layer {name}: ")
-        self.layers = {name: tuple(bits) for name, bits in self.layers.items()}
-
-    @property
-    def choices(self):
-        """{name: ((w,), (a,))}, for attach_quantizers."""
-        return {name: ((w,), (a,)) for name, (w, a) in self.layers.items()}
-
-    def _total(self, each):
-        missing = [name for name in self.layers if name not in self.sizes]
-        if missing:
-            raise AsgaError(f"the policy does not know the MACs of layer {missing[0]}: call policy.measure(model, inputs)")
-        return sum(each(self.sizes[name], w, a) for name, (w, a) in self.layers.items())
-
-    @property
-    def bops(self):
-        """Σ macs · w · a, an exact int: bit operations of one image."""
-        return self._total(lambda size, w, a: size.macs * w * a)
-
-    @property
-    def weight_bits(self):
-        """Σ numel · w: bits of all quantized weights."""
-        return self._total(lambda size, w, a: size.numel * w)
-
-    @property
-    def mean_bits(self):
-        """(mean w, mean a), weighted by MACs."""
-        macs = max(1, self._total(lambda size, w, a: size.macs))
-        return self._total(lambda s, w, a: s.macs * w) / macs, self._total(lambda s, w, a: s.macs * a) / macs
-
-    def measure(self, model, example_inputs):
-        """The same bits with the MACs and sizes of `model` at these inputs (another resolution, other classes), checked."""
-        sizes, found = trace(model, example_inputs), layers_of(model)
-        self._fit(model, sizes)
-        with _evaluating(model):                                         # to look at a normalized weight can change it
-            sizes = {name: sizes.get(name) or LayerCost(0, found[name].weight.numel()) for name in self.layers}
-        return Policy(self.layers, sizes, self.info)
-
-    def check(self, model, example_inputs=None):
-        """Raises AsgaError with the first layer that does not fit `model`: its name or its number of weights. The last
-        layer may have another number of outputs: the target has its own classes. Layers that no forward pass reaches
-        need no bits; only with example_inputs can that be known."""
-        self._fit(model, trace(model, example_inputs) if example_inputs is not None else layers_of(model))
-
-    def _fit(self, model, reached):
-        found = layers_of(model)
-        for name in self.layers:
-            if name not in found:
-                near = difflib.get_close_matches(name, found, 1)
-                raise AsgaError(f"policy for another network: it has bits for layer {name!r}, which "
-                                f"{type(model).__name__} lacks" + (f" (nearest: {near[0]!r})" if near else ""))
-        for name in found:
-            if name in reached and name not in self.layers:
-                raise AsgaError(f"policy for another network: {type(model).__name__} has a layer {name!r} without bits in it "
-                                f"(if no forward pass calls it, give example_inputs)")
-        for name, size in ((name, self.sizes[name]) for name in self.layers if name in self.sizes):
-            with _evaluating(found[name]):
-                numel, per_output = found[name].weight.numel(), found[name].weight[0].numel()
-            head = name == list(self.layers)[-1] and size.numel % per_output == 0
-            if size.numel != numel and not head:
-                raise AsgaError(f"policy for another network: layer {name!r} has {numel} weights, {size.numel} in the policy")
-
-    def to_json(self):
-        """The file's content as a dict."""
-        w, a = self.mean_bits
-        layers = {name: {"w": bits[0], "a": bits[1], **self.sizes[name]._asdict()} for name, bits in self.layers.items()}
-        info = {key: self.info.get(key, {}) for key in ("budget", "candidates", "proxy", "search")}
-        return {"format": "asga-policy", "version": 1, "arch": self.info.get("arch", ""), "layers": layers,
-                "cost": {"bops": self.bops, "weight_bits": self.weight_bits, "mean_w": w, "mean_a": a},
-                **info, "versions": self.info.get("versions", versions())}
-
-    def save(self, path):
-        write_json(path, self.to_json())
-
-    @staticmethod
-    def load(path):
-        """Read and check a policy file; AsgaError says what is wrong with it."""
-        try:
-            data = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise AsgaError(f"cannot read policy {path}: {error.strerror}; a search writes one as policy.json")
-        except ValueError as error:
-            raise AsgaError(f"policy {path} is not JSON ({error}); a search writes one as policy.json")
-        return Policy.from_json(data, path)
-
-    @staticmethod
-    def from_json(data, path="policy"):
-        if not isinstance(data, dict) or data.get("format") != "asga-policy":
-            raise AsgaError(f"{path} is not an ASGA policy: its \"format\" is not \"asga-policy\"")
-        if data.get("version") != 1:
-            raise AsgaError(f"{path} has policy version {data.get('version')!r}; this asga.py reads version 1")
-        if not isinstance(data.get("arch"), str):
-            raise AsgaError(f"{path} has {data.get('arch')!r} as \"arch\": it must name the network")
-        layers = data.get("layers")
-        if not isinstance(layers, dict) or not layers:
-            raise AsgaError(f"{path} has no \"layers\": they map each layer's name to w, a, macs and numel")
-        for name, entry in layers.items():
-            for key in ("w", "a", "macs", "numel"):
-                value = entry.get(key) if isinstance(entry, dict) else None
-                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                    raise AsgaError(f"{path}: layer {name!r} needs a whole number as {key!r}, not {value!r}")
-        info = {key: data[key] for key in ("arch", "budget", "candidates", "proxy", "search", "versions") if key in data}
-        try:
-            policy = Policy({name: (e["w"], e["a"]) for name, e in layers.items()},
-                            {name: LayerCost(e["macs"], e["numel"]) for name, e in layers.items()}, info)
-        except AsgaError as error:
-            raise AsgaError(f"{path}: {error}")
-        cost = data.get("cost")
-        for key, value in (("bops", policy.bops), ("weight_bits", policy.weight_bits)):
-            written = cost.get(key) if isinstance(cost, dict) else None
-            if written != value:
-                raise AsgaError(f"{path}: its layers cost {value} {key}, its \"cost\" says {written}: edited by hand? "
-                                f"Correct the one that is wrong")
-        return policy
-
-
-def versions():
-    """What made a file."""
-    return {"asga": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Search: weights, steps and bits of the supernet together, C(β) = C* after every step
-# ----------------------------------------------------------------------------------------------------------------------
-
-def option(default, help, **more):
-    """A dataclass field whose documentation makes its command-line flag."""
-    return dataclasses.field(default=default, metadata={"help": help, **more})
-
-
-def check_finite(settings, names):
-    """AsgaError for the first of these settings that is negative, infinite or no number."""
-    for name in names:
-        if not 0 <= getattr(settings, name, 0) < math.inf:
-            raise AsgaError(f"{name.replace('_', '-')} {getattr(settings, name)} must be a finite number, 0 or more")
-
+# ------------------------------------------------------------------------------------------------------------
 
 METHODS = {
     "asga": {},
@@ -1264,270 +586,403 @@ METHODS = {
     "uniform": {"steps": 0},
 }
 
-
-RECOMPUTE_HELP = "quantized tensors are made again in the backward pass: less memory, more time, same results"
-PRECISIONS = ("float32", "bf16")
-PRECISION_HELP = "of activations and products while training; bf16 is torch's autocast"
-
+def option(default, help, choices=None):
+    """A field of SearchSettings, with what its command-line flag needs."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 @dataclasses.dataclass
 class SearchSettings:
     """What search() takes as keywords and the command line as flags."""
-    method: str = option("asga", "asga; or with parts switched off: sagm (fixed radius, implicit alignment), sam, joint (no "
-                         "sharpness, one pass); or uniform (no search)", choices=list(METHODS))
+    method: str = option("asga", "sagm: fixed radius; joint: no sharpness; uniform: no search", list(METHODS))
     steps: int = option(400, "optimization steps")
     candidates_w: tuple = option(CANDIDATES, "bitwidths for weights")
     candidates_a: tuple = option(CANDIDATES, "bitwidths for activations")
     keep: int = option(8, "bits of the first and the last layer, which no search touches")
-    relaxation: str = option("interpolate", "how bitwidths become real numbers", choices=["interpolate", "softmax"])
-    tau: float = option(1.0, "temperature of the softmax relaxation")
     rho_min: float = option(0.005, "least radius of the perturbation")
     rho_max: float = option(0.05, "largest radius; the fixed one with --no-adaptive")
     alpha: float = option(0.001, "step of the implicit gradient alignment")
     adaptive: bool = option(True, "radius follows the gap, rho = ln(1 + h)")
     project: bool = option(True, "remove from g_p what opposes g")
-    direction: str = option("mean", "step along the mean of g and g_p, or along g_p alone", choices=["mean", "perturbed"])
+    direction: str = option("mean", "step along (g + g_p)/2, or along g_p", ["mean", "perturbed"])
     lr: float = option(0.01, "learning rate of weights and quantizer steps (cosine to zero)")
     lr_beta: float = option(4.0, "learning rate of the bitwidths, in bits (cosine to zero)")
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(1e-4, "weight decay of convolution and matrix weights")
-    precision: str = option("float32", PRECISION_HELP, choices=PRECISIONS)
-    recompute: bool = option(False, RECOMPUTE_HELP)
+    precision: str = option("float32", "bf16: forward passes under torch's autocast", ["float32", "bf16"])
 
     def __post_init__(self):
         self.candidates_w, self.candidates_a = check_bits(self.candidates_w), check_bits(self.candidates_a)
         for field in dataclasses.fields(self):
-            known, value = field.metadata.get("choices"), getattr(self, field.name)
+            name, value, known = field.name, getattr(self, field.name), field.metadata["choices"]
             if known and value not in known:
-                raise AsgaError(f"unknown {field.name} {value!r}: use one of {', '.join(known)}")
-        for name, value in METHODS[self.method].items():                     # recorded is what runs
-            given = getattr(self, name)
-            if given not in (value, type(self).__dataclass_fields__[name].default):
-                say(f"{name} {given} is not used: method {self.method} is defined by {name} {value}")
-            setattr(self, name, value)
-        if isinstance(self.keep, (set, frozenset)):
-            self.keep = sorted(self.keep)                                    # for JSON
+                raise AsgaError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
+            if field.type is float and not 0 <= value < math.inf:
+                raise AsgaError(f"{name} {value} must be a finite number, 0 or more")
+            fixed = METHODS[self.method].get(name, value)
+            if value not in (fixed, field.default):
+                say(f"{name} {value} is not used: method {self.method} is defined by {name} {fixed}")
+            setattr(self, name, fixed)  # recorded is what runs
         if self.steps < 1 and self.method != "uniform":
             raise AsgaError(f"steps {self.steps} leaves nothing to search: give at least 1")
-        check_finite(self, ("rho_min", "rho_max", "alpha", "lr", "lr_beta", "momentum", "weight_decay"))
         if self.rho_min > self.rho_max:
-            raise AsgaError(f"rho_min {self.rho_min} is above rho_max {self.rho_max}: exchange them, or set both")
-        if not 0 < self.tau < math.inf:
-            raise AsgaError(f"tau {self.tau} must be a finite number above 0")
-
-
-def parameter_groups(model, lr, weight_decay):
-    """SGD groups: weights with decay; biases, normalization and quantizer steps without. β and z are left out."""
-    groups = {True: [], False: []}
-    for name, p in model.named_parameters():
-        if p.requires_grad and not name.endswith(("quantizer.beta", "quantizer.logits")):
-            groups[p.dim() > 1].append(p)
-    return [{"params": params, "lr": lr, "base_lr": lr, "weight_decay": weight_decay if decay else 0.0}
-            for decay, params in groups.items() if params]
-
-
-def cosine(optimizer, done, total):
-    """Learning rates of all groups for step `done` of `total`: cosine from base_lr to zero, nothing to save or restore."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * done / total))
-
-
-def first_output(out):
-    """The logits of networks that return more (auxiliary heads, named tuples, dicts)."""
-    if isinstance(out, dict):
-        return next(iter(out.values()))
-    return out[0] if isinstance(out, (tuple, list)) else out
-
-
-def forward_loss(net, x, y, loss_fn, precision):
-    """The loss of one forward pass, computed in float32. In "bf16" the pass runs under autocast: weights, steps, β and the
-    optimizer stay float32."""
-    with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = first_output(net(*_as_args(x)))
-    return loss_fn(logits.float() if precision == "bf16" else logits, y)
-
+            raise AsgaError(f"rho_min {self.rho_min} is above rho_max {self.rho_max}: exchange them")
 
 def plan(model, example_inputs, budget, settings):
-    """(Budget, {name: bits} of fixed layers) of a search, before any training; raises AsgaError where it cannot be met.
-
-    example_inputs decide at which resolution MACs are counted: the one that will be deployed.
-    """
-    if quantized_layers(model):
-        raise AsgaError("the network is quantized already: search on the original")
+    """(Budget, {name: bits} of fixed layers) of a search, before any training. AsgaError if it cannot be met.
+    example_inputs, for the MACs: at the resolution that will be deployed."""
     layers = trace(model, example_inputs)
     kept = edge_bits(list(layers), settings.keep)
-    left = [name for name in layers_of(model) if name not in layers]
-    if left:
-        say(f"not quantized, as no forward pass calls them, or not for F.conv2d or F.linear: {', '.join(left)}")
-    other = [name for name, m in model.named_modules() if not isinstance(m, nn.Conv2d)
-             and isinstance(m, (nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear))]
-    if other:
-        say(f"in full precision and outside the budget, as they are no Conv2d and no Linear: {', '.join(other)}")
-    device = next(model.parameters()).device                    # a layer was found, so there are parameters
-    ends = [[[kept.get(name, end(c)) for name in layers] for c in (settings.candidates_w, settings.candidates_a)]
-            for end in (min, max)]
-    return Budget(budget, layers, *torch.tensor(ends, dtype=torch.float64, device=device), kept), kept
-
+    kinds = nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear
+    full = [name for name, m in model.named_modules() if isinstance(m, kinds) and name not in layers]
+    if full:
+        say(f"in full precision, outside the budget (no Conv2d or Linear that is called): {', '.join(full)}")
+    free = settings.candidates_w, settings.candidates_a
+    ends = [[[kept.get(name, end(bits)) for name in layers] for bits in free] for end in (min, max)]
+    lo, hi = torch.tensor(ends, dtype=torch.float64, device=next(model.parameters()).device)
+    return Budget(budget, layers, lo, hi, kept), kept
 
 class Search:
-    """A supernet on its way to a policy: step(x, y, loss_fn, done) for done = 0 … settings.steps − 1, policy() at any time.
+    """A supernet on its way to a policy: step(x, y, done) for done = 0 … steps − 1, then policy().
 
-    model: full-precision network (stays as it was). budget, kept: of plan(). batches: inputs to calibrate with.
+    model: full precision (stays as it was). budget, kept: of plan(). batches: inputs to calibrate with.
     """
 
-    def __init__(self, model, budget, kept, settings, batches):
-        self.budget, self.settings = budget, settings
-        candidates = (settings.candidates_w, settings.candidates_a)
-        choices = {name: ((kept[name],),) * 2 if name in kept else candidates for name in budget.names}
-        self.net = attach_quantizers(model, choices, settings.relaxation, settings.tau)
+    def __init__(self, model, budget, kept, settings, batches, loss_fn=F.cross_entropy):
+        self.budget, self.settings, self.loss_fn = budget, settings, loss_fn
+        free = settings.candidates_w, settings.candidates_a
+        choices = {name: (kept[name],) * 2 if name in kept else free for name in budget.names}
+        self.net = attach_quantizers(model, choices).to(memory_format=torch.channels_last)
         calibrate(self.net, batches)
-        layers = quantized_layers(self.net)
-        self.quantizers = [[getattr(layers[name], kind) for name in budget.names]                           # [2][L]
-                           for kind in ("weight_quantizer", "input_quantizer")]
-        self.free = [q for row in self.quantizers for q in row if len(q.bits) > 1]
-        self.values = nn.utils.rnn.pad_sequence([q.grid[0] for row in self.quantizers for q in row], batch_first=True)
-        self.values = self.values.view(2, len(budget.names), -1)                           # candidates [2, L, K], 0: it has fewer
-        set_training(self.net, settings.recompute)
-        self._start()
-        self.guard, self.prepared = StepGuard(self.net), Prepared(self.net)
-        bits = [q.beta if hasattr(q, "beta") else q.logits for q in self.free]
-        groups = parameter_groups(self.net, settings.lr, settings.weight_decay)
-        if bits:
-            groups.append({"params": bits, "lr": settings.lr_beta, "base_lr": settings.lr_beta, "weight_decay": 0.0})
-        chosen = {key: getattr(settings, key) for key in ("rho_min", "rho_max", "alpha", "adaptive", "project", "direction")}
-        self.optimizer = ASGA(groups, torch.optim.SGD, lr=settings.lr, momentum=settings.momentum,
-                              **chosen)
+        found = quantized_layers(self.net)
+        layers = [found[name] for name in budget.names]
+        images = layers[0].input_quantizer
+        images.steps.requires_grad_(len(images.bits) > 1)  # else it takes their gradient (our choice)
+        self.quantizers = [layer.weight_quantizer for layer in layers]
+        self.quantizers += [layer.input_quantizer for layer in layers]  # 2L, in the order of bits()
+        self.candidates = nn.utils.rnn.pad_sequence([q.grid[0] for q in self.quantizers], True)  # [2L, K]
+        self.beta = [q.beta for q in self.quantizers if len(q.bits) > 1]
+        groups = parameter_groups(self.net, settings.lr, settings.weight_decay, apart=self.beta)
+        if self.beta:
+            groups.append({"params": self.beta, "base_lr": settings.lr_beta, "weight_decay": 0.0})
+        names = "rho_min", "rho_max", "alpha", "adaptive", "project", "direction", "lr", "momentum"
+        chosen = {name: getattr(settings, name) for name in names}
+        buffers = [b for name, b in self.net.named_buffers() if "quantizer." not in name]  # those never move
+        self.optimizer = ASGA(groups, torch.optim.SGD, buffers=buffers, **chosen)
+        self.write(budget.uniform())
 
     def bits(self):
-        """E[b] of all quantizers: [2, L], row 0 weights, row 1 activations, layers in network order."""
-        return torch.stack([torch.stack([q.expected_bits().detach() for q in row]) for row in self.quantizers])
+        """β of all quantizers: [2, L], row 0 weights, row 1 activations, layers in network order."""
+        return torch.stack([q.beta.detach() for q in self.quantizers]).view(2, -1)
 
     @torch.no_grad()
-    def _start(self):
-        if self.settings.relaxation == "interpolate":
-            return self._write(self.budget.uniform())
-        most = self.budget.hi.new_full((), 50.0 * self.settings.tau)
-        free = (self.budget.lo < self.budget.hi)[..., None]                                     # the others at their most bits
-        tilted = lambda t: torch.where(self.values > 0, torch.where(free, -t, most) * self.values, -math.inf)
-        expected = lambda t: (torch.softmax(tilted(t) / self.settings.tau, -1) * self.values).sum(-1)
-        t = self.budget.solve(lambda t: expected(t[..., None]), most)
-        self._write(tilted(t))
+    def write(self, bits):
+        """bits [2, L] into the quantizers; a fixed one has a single choice."""
+        torch._foreach_copy_([q.beta for q in self.quantizers], list(bits.flatten().unbind()))
 
-    @torch.no_grad()
-    def project(self):
-        """Back onto the budget."""
-        if self.settings.relaxation == "interpolate":
-            return self._write(self.budget.project(self.bits()))
-        self._write(self.budget.project_logits(self._logits(), self.values, self.settings.tau))
-
-    def _write(self, values):
-        """β [2, L], or z [2, L, K], into the quantizers that have several candidates."""
-        pairs = [(q.beta, v) if hasattr(q, "beta") else (q.logits, v[:len(q.bits)])
-                 for row, vs in zip(self.quantizers, values) for q, v in zip(row, vs.unbind()) if len(q.bits) > 1]
-        if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs)))
-
-    def _logits(self):
-        """z [2, L, K]; −∞ where a quantizer has fewer candidates, 0 for a single one."""
-        rows = [q.logits.detach() if len(q.bits) > 1 else torch.zeros_like(q.steps) for row in self.quantizers for q in row]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-math.inf).view_as(self.values)
-
-    def step(self, x, y, loss_fn, done):
-        """One ASGA step and the projection; `done` steps came before it. Returns the log's record, tensors unread."""
-        cosine(self.optimizer, done, self.settings.steps)
-
-        def closure():
-            self.optimizer.zero_grad()
-            with self.prepared:
-                loss = forward_loss(self.net, x, y, loss_fn, self.settings.precision)
-                loss.backward()
-            return loss
-
+    def step(self, x, y, done):
+        """ASGA step number `done`, and the projection. Returns the log's record, its tensors unread."""
         self.net.train()
-        with self.guard:
-            self.optimizer.step(closure)
-        self.project()
+        cosine(self.optimizer, done, self.settings.steps)
+        with step_guard(self.net):
+            self.optimizer.step(lambda: backward(self.net, x, y, self.loss_fn, self.settings.precision))
+        self.write(self.budget.project(self.bits()))
         bits = self.bits()
-        distance = (self.values - bits[..., None]).abs().amin(-1)
-        return {**self.optimizer.last, "expected_cost": self.budget.cost(bits)["bops"],
-                "beta_distance": distance.sum() / max(1, len(self.free)), "bits": bits.double().round(decimals=3)}
+        distance = (self.candidates - bits.view(-1, 1)).abs().amin(1).sum() / max(1, len(self.beta))
+        return {**self.optimizer.last, "expected_cost": self.budget.cost(bits)[0], "beta_distance": distance,
+                "bits": bits.double().round(decimals=3)}
 
     def policy(self, **info):
-        """The whole-bit Policy nearest to the present bits within the budget (exact knapsack). info: keys of the file."""
+        """The whole-bit Policy nearest to the present bits within the budget. info: more keys of the file."""
         if not self.bits().isfinite().all():
-            raise AsgaError("the bitwidths are no longer numbers, as the loss was none: lower lr or lr_beta, check the data")
-        rows = [[self._penalty(q) for q in row] for row in self.quantizers]
-        penalties = [{(w, a): pw + pa for w, pw in ws.items() for a, pa in as_.items()} for ws, as_ in zip(*rows)]
-        if self.settings.method == "uniform":       # equal bits for w and a, where it may; between whole bits the seed chooses layers
-            for layer in penalties:
-                draw = torch.rand(len(layer)).tolist()
-                layer.update({(w, a): p + 1e-4 * ((w - a) ** 2 + r) for ((w, a), p), r in zip(layer.items(), draw)})
-        sizes = {name: LayerCost(*size) for name, size in zip(self.budget.names, self.budget.sizes.t().long().tolist())}
-        info = {"budget": {"spec": self.budget.spec, **self.budget.limits},
-                "candidates": {"w": list(self.settings.candidates_w), "a": list(self.settings.candidates_a)}, **info}
-        return Policy(self.budget.choose(penalties), sizes, info)
-
-    def _penalty(self, q):
-        if hasattr(q, "logits"):
-            return dict(zip(q.bits, (-torch.log_softmax(q.logits.detach().double() / q.tau, 0)).tolist()))
-        return {b: (b - q.beta.item()) ** 2 for b in q.bits}
-
-    def state_dict(self):
-        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state):
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
+            raise AsgaError("the bitwidths are no longer numbers: lower lr or lr_beta, check the data")
+        penalties, count = [], len(self.budget.names)
+        for w, a, q_w, q_a in zip(*self.bits().tolist(), self.quantizers[:count], self.quantizers[count:]):
+            layer = {(i, j): (i - w) ** 2 + (j - a) ** 2 for i in q_w.bits for j in q_a.bits}
+            if self.settings.method == "uniform":  # w = a, where it may; the seed draws who gets more
+                for (i, j), draw in zip(layer, torch.rand(len(layer)).tolist()):
+                    layer[i, j] += 1e-4 * ((i - j) ** 2 + draw)
+            penalties.append(layer)
+        sizes = [LayerCost(*size) for size in self.budget.sizes.t().long().tolist()]
+        limits = zip(("bops", "weight_bits"), self.budget.limits.tolist())
+        bounds = {key: limit for key, limit in limits if limit < math.inf}
+        info["budget"] = {"spec": self.budget.spec, **bounds}
+        info["candidates"] = {"w": self.settings.candidates_w, "a": self.settings.candidates_a}
+        return Policy(self.budget.choose(penalties), dict(zip(self.budget.names, sizes)), info)
 
 def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None, **settings):
     """Search a Policy for `model` (full precision, trained; stays as it was) on a proxy data set.
 
-    batches: (inputs, targets) pairs that can be iterated again and again (a list, a DataLoader), on any device; inputs are
-    a tensor or a tuple of arguments. loss_fn(outputs, targets) → scalar; of several outputs it gets the first.
-    budget: BUDGET_HELP. settings: fields of SearchSettings. example_inputs: what MACs are counted on, the first input of the
-    first batch by default: give one of the resolution that you will deploy. on_step(step, record): called after each step.
-    Raises AsgaError for settings and budgets that make no sense, before any training.
+    batches: (inputs, targets) pairs, to be iterated again and again (a list, a DataLoader); inputs: a tensor
+    or a tuple of arguments. loss_fn(outputs, targets) → scalar; it gets the first of several outputs. budget:
+    BUDGET_HELP. example_inputs: what MACs are counted on, at the resolution that you deploy (default: the
+    first image). on_step(step, record): called after each. settings: fields of SearchSettings. AsgaError for
+    settings and budgets that make no sense, before any training.
     """
-    settings = SearchSettings(**settings)
-    once = AsgaError("batches can be read only once: give a list or a DataLoader, not a generator")
-    if iter(batches) is batches:
-        raise once
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    each = lambda change, v: torch.utils._pytree.tree_map(lambda t: change(t) if torch.is_tensor(t) else t, v)
-    move = lambda v: each(lambda t: t.to(device), v)
+    settings, device = SearchSettings(**settings), next(model.parameters()).device
+
+    def move(inputs):
+        moved = tuple(t.to(device) for t in as_args(inputs))
+        return moved if len(moved) > 1 else moved[0]
+
     warm = [move(x) for x, _ in itertools.islice(batches, 4)]
-    if not warm:
-        raise AsgaError("batches is empty: a search needs (inputs, targets) pairs")
+    if not warm or iter(batches) is batches:
+        raise AsgaError("batches must give (inputs, targets) again and again: give a list or a loader")
     if example_inputs is None:
-        example_inputs = each(lambda t: t[:1] if t.dim() else t, _as_args(warm[0]))
+        example_inputs = [t[:1] for t in as_args(warm[0])]
     budget, kept = plan(model, move(example_inputs), budget, settings)
-    began, run = time.monotonic(), Search(model, budget, kept, settings, warm)
-
-    def stream():
-        while True:
-            count = 0
-            for count, pair in enumerate(batches, 1):
-                yield pair
-            if not count:
-                raise once
-
-    for done, (x, y) in enumerate(itertools.islice(stream(), settings.steps)):
-        record = run.step(move(x), move(y), loss_fn, done)
+    began, run = time.monotonic(), Search(model, budget, kept, settings, warm, loss_fn)
+    stream = itertools.chain.from_iterable(itertools.repeat(batches))
+    for done, (x, y) in enumerate(itertools.islice(stream, settings.steps)):
+        record = run.step(move(x), move(y), done)
         if on_step:
             on_step(done, record)
-    return run.policy(search={"method": settings.method, "seconds": round(time.monotonic() - began, 3), "device": describe(device),
-                              "settings": dataclasses.asdict(settings)})
+    seconds, chosen = round(time.monotonic() - began, 3), dataclasses.asdict(settings)
+    return run.policy(search={"method": settings.method, "seconds": seconds, "device": describe(device),
+                              "settings": chosen})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
+# The method ends here. What follows serves it: policy, speed, networks, data, runs, commands.
+# ============================================================================================================
+
+# ------------------------------------------------------------------------------------------------------------
+# Policy: whole bits for every layer, and the file that carries them
+# ------------------------------------------------------------------------------------------------------------
+
+def knapsack(values, costs, limits, fill=0.99):
+    """Exact multiple-choice knapsack: L ints, the choices of least Σ value within `limits` that spend `fill`
+    of one of them; where none do, the dearest. values: L tensors [n_l]. costs: L tensors [n_l, K], whole
+    numbers. limits: [K]. AsgaError if none fits."""
+    costs, limits = [c.double() for c in costs], limits.double().floor()  # exact up to 2^53
+    found = best_choice(values, costs, limits, fill) or best_choice(values, costs, limits, 0)
+    if not found:
+        raise AsgaError(f"budget {limits.tolist()} cannot be met: no policy keeps all its bounds at once")
+    while found[0] < fill and (dearer := best_choice(values, costs, limits, math.nextafter(found[0], 2))):
+        found = dearer
+    return found[1]
+
+def lower_bound(values, shares, fill):
+    """(a lower bound of the least Σ value, [L, n]: what each choice adds to it at least).
+
+    It is Σ_l min(v + μ · share) − Σ μ for the best μ ≥ 0, on a grid made finer and finer; with one limit also
+    for μ < 0, less fill · μ."""
+    kinds = shares[0].shape[1]
+    v = nn.utils.rnn.pad_sequence(values, True, math.inf)[..., None]  # [L, n, 1]
+    s = nn.utils.rnn.pad_sequence(shares, True)  # [L, n, K]
+    mu, axis = 1, torch.cat([torch.zeros(1), torch.logspace(-3, 5, 33)]).double()
+    axis = torch.cat([-axis, axis]) if kinds == 1 else axis
+    for spread in (0.8, 0.2, 0.05, 0.01, 0.002):
+        trial = mu * torch.cartesian_prod(*[axis] * kinds).view(-1, kinds)  # [T, K]
+        spent = (trial * torch.where(trial < 0, fill, 1.0)).sum(1)
+        bound = (v + s @ trial.t()).amin(1).sum(0) - spent  # [T]
+        mu, axis = trial[bound.argmax()], torch.linspace(1 - spread, 1 + spread, 17).double()
+    excess = v[..., 0] + s @ mu
+    return bound.max(), excess - excess.amin(1, keepdim=True)
+
+def best_choice(values, costs, limits, fill):
+    """(share spent, L ints) of the least value within the limits that spends `fill` of one of them; or None.
+
+    Layer by layer it keeps what may lead there: within the limits, able to reach the fill, best of its cost,
+    bounded below the best value known. Few kept find a good choice; where none had to go, it is proved."""
+    bound, excess = lower_bound(values, [c / limits for c in costs], fill)
+    best, found = math.inf, None
+    for width in (500, 10_000, 200_000):
+        least, most = sum(c.amin(0) for c in costs), sum(c.amax(0) for c in costs)  # [K], of the layers ahead
+        cost, low = limits.new_zeros(1, len(limits)), bound.view(1)  # [S, K] and [S], of the S kept
+        picks, complete = torch.zeros(1, 0, dtype=torch.long), True  # [S, layers behind]
+        for c, e in zip(costs, excess):
+            least, most = least - c.amin(0), most - c.amax(0)
+            cost, low = (cost[:, None] + c).flatten(0, 1), (low[:, None] + e[:len(c)]).flatten()
+            reach = ((cost + most).minimum(limits) / limits).amax(1)
+            keep = (cost + least <= limits).all(1) & (reach >= fill) & (low <= best + 1e-9)
+            index = keep.nonzero()[:, 0]
+            for key in (low, *cost.unbind(1)):  # by cost, of equal ones the best first
+                index = index[key[index].argsort(stable=True)]
+            index = index[cost[index].diff(dim=0, prepend=-1 - limits[None]).any(1)]
+            if len(index) > width:
+                index, complete = index[low[index].argsort(stable=True)[:width]], False
+            cost, low = cost[index], low[index]
+            picks = torch.cat([picks[index // len(c)], index[:, None] % len(c)], 1)
+        value = sum(v[p] for v, p in zip(values, picks.t()))
+        if len(value) and value.min() < best:
+            best, i = value.min(dim=0)
+            found = (cost[i] / limits).max().item(), picks[i].tolist()
+        if complete:
+            return found
+    say("the knapsack is too large to prove its optimum; the best policy found is used")
+    return found
+
+def check_bits(bits, where=""):
+    """bits (an int or several) as a sorted tuple of different ints in 2…16; AsgaError begins with `where`."""
+    found = tuple(bits) if isinstance(bits, (tuple, list, range)) else (bits,)
+    possible = all(type(b) is int and 2 <= b <= 16 for b in found)
+    if not found or not possible or len(set(found)) < len(found):
+        raise AsgaError(f"{where}bitwidths {list(found)}: give bits, different whole numbers from 2 to 16")
+    return tuple(sorted(found))
+
+def write_atomic(path, content):
+    """Write bytes beside `path`, then move them into place: a reader never sees half a file."""
+    part = Path(f"{path}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+def read_json(path):
+    """The dict in a JSON file; AsgaError where there is none."""
+    try:
+        return {**json.loads(Path(path).read_text())}
+    except (ValueError, TypeError) as error:
+        raise AsgaError(f"{path} is no JSON of asga.py ({one_line(error)}): give another") from None
+
+def write_json(path, data):
+    """Readable JSON: an entry a line, two levels deep."""
+    text = re.sub(r"\n {2,}([}\]])", r"\1", json.dumps(data, indent=1))
+    write_atomic(path, re.sub(r"\n {3,}", " ", text + "\n").encode())
+
+def versions():
+    """What made a file."""
+    return {"asga": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+class Policy:
+    """Bits of every quantized layer, in network order: layers {name: (w, a)}; sizes {name: LayerCost}, of the
+    network they were made for; info, the other keys of the file."""
+
+    def __init__(self, layers, sizes=None, info=None):
+        self.layers, self.sizes, self.info = layers, sizes or {}, info or {}
+        for name, (w, a) in layers.items():
+            check_bits(w, f"layer {name}: ") + check_bits(a, f"layer {name}: ")
+
+    @property
+    def bops(self):
+        """Σ macs · w · a, an exact int: bit operations of one image."""
+        return sum(self.sizes[name].macs * w * a for name, (w, a) in self.layers.items())
+
+    @property
+    def weight_bits(self):
+        """Σ numel · w: bits of all quantized weights."""
+        return sum(self.sizes[name].numel * w for name, (w, _) in self.layers.items())
+
+    @property
+    def mean_bits(self):
+        """(mean w, mean a), weighted by MACs."""
+        macs = [self.sizes[name].macs for name in self.layers]
+        rows = zip(*self.layers.values())
+        return tuple(sum(m * bits for m, bits in zip(macs, row)) / sum(macs) for row in rows)
+
+    def check(self, model, example_inputs=None):
+        """AsgaError with a layer that does not fit `model`; the last may have other outputs, and those that
+        example_inputs do not reach need no bits."""
+        found, where = layers_of(model), f"policy for another network than {type(model).__name__}"
+        reached = found if example_inputs is None else trace(model, example_inputs)
+        strange = self.layers.keys() ^ reached.keys()
+        if strange:
+            raise AsgaError(f"{where}: only one uses layer {min(strange)!r}")
+        for name, (_, there) in self.sizes.items():
+            here, row = found[name].weight.numel(), found[name].weight[0].numel()
+            if there % row or there != here and name != list(self.layers)[-1]:
+                raise AsgaError(f"{where}: {there} weights in layer {name!r}, here {here}")
+
+    def measure(self, model, example_inputs):
+        """The same bits with the sizes of `model` at these inputs."""
+        self.check(model, example_inputs)
+        return Policy(self.layers, trace(model, example_inputs), self.info)
+
+    def to_json(self):
+        """The file's content as a dict."""
+        w, a = self.mean_bits
+        layers = {n: {"w": w, "a": a, **self.sizes[n]._asdict()} for n, (w, a) in self.layers.items()}
+        cost = {"bops": self.bops, "weight_bits": self.weight_bits, "mean_w": w, "mean_a": a}
+        info = {"arch": "", "budget": {}, "candidates": {}, "proxy": {}, "search": {}, "versions": versions()}
+        info.update((key, self.info[key]) for key in info.keys() & self.info.keys())
+        return {"format": "asga-policy", "version": 1, "layers": layers, "cost": cost, **info}
+
+    def save(self, path):
+        write_json(path, self.to_json())
+
+    @staticmethod
+    def load(path):
+        """The Policy in a file; AsgaError says what is wrong with it."""
+        return Policy.from_json(read_json(path), path)
+
+    @staticmethod
+    def from_json(data, path):
+        try:
+            layers = {name: (row["w"], row["a"]) for name, row in data["layers"].items()}
+            sizes = {name: LayerCost(row["macs"], row["numel"]) for name, row in data["layers"].items()}
+            policy = Policy(layers, sizes, data)
+            for key, value in policy.to_json().items():
+                if data[key] != value:
+                    raise ValueError(f"its {key} is {data[key]}, not {value}")
+        except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+            raise AsgaError(f"{path} is no policy of a search ({type(error).__name__}: {error})") from None
+        return policy
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Speed: the same results, sooner
+# ------------------------------------------------------------------------------------------------------------
+
+class Fused:
+    """mix_forward or mix_backward by torch.compile, one kernel for all layers. The formula itself runs where
+    that fails (a line says so), or Fused.on is False."""
+    on = True
+
+    def __init__(self, formula):
+        self.formula, self.compiled = formula, None
+
+    def __call__(self, *tensors):
+        if not Fused.on or torch.is_grad_enabled():  # grad mode: differentiated twice
+            return self.formula(*tensors)
+        *images, row = tensors
+        x = images[-1]
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        images = [t.contiguous(memory_format=layout) for t in images]
+        try:
+            self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
+            with torch.autocast(x.device.type, enabled=False):
+                out = self.compiled(*(bare(t, [t.numel()]) for t in images), bare(row, row.shape))
+        except Exception as error:  # whatever a toolchain can raise
+            out = self.formula(*tensors)  # raises again if the input is at fault
+            Fused.on = False
+            say(f"torch.compile does not work here ({type(error).__name__}): quantizers run slower")
+            return out
+        if torch.is_tensor(out):
+            return out.as_strided(x.shape, images[-1].stride())
+        return out[0].as_strided(x.shape, images[-1].stride()), out[1]
+
+def bare(t, shape):
+    """t's memory, but no view of t: for views dynamo would compile anew in every layer."""
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), shape)
+
+FakeQuantize.value, FakeQuantize.gradients = Fused(mix_forward), Fused(mix_backward)
+
+@contextlib.contextmanager
+def prepared(model):
+    """`with prepared(model): forward and backward pass`: all quantizers' mixtures are made at once. Steps and
+    bitwidths must not change inside."""
+    groups = {}
+    for q in quantizers_of(model):
+        groups.setdefault((type(q), len(q.bits), q.steps.requires_grad), []).append(q)
+    for group in groups.values():
+        for q, row in zip(group, group[0].mixtures(group)):
+            q.row = row.clone()  # dynamo guards on the place in a storage
+    try:
+        yield
+    finally:
+        for q in quantizers_of(model):
+            q.row = None
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Networks: the built-in ResNet-20, torchvision's, or a user's own; and their weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a parameter-free shortcut (He et al. 2016, option A)."""
-
-    def __init__(self, cin, cout, stride):
+    def __init__(self, cin, cout, stride=1):
         super().__init__()
         self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(cout)
@@ -1540,226 +995,124 @@ class BasicBlock(nn.Module):
         shortcut = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad))
         return F.relu(out + shortcut)
 
-
-class ResNet20(nn.Module):
-    """The CIFAR ResNet of He et al. 2016 with n = 3: 20 layers, 0.27 million weights, 41 million MACs at 32×32."""
-
+class ResNet20(nn.Sequential):
+    """The CIFAR ResNet of He et al. 2016 with n = 3: 0.27 million weights, 41 million MACs at 32×32."""
     def __init__(self, num_classes=10):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        stage = lambda cin, cout, stride: nn.Sequential(
-            BasicBlock(cin, cout, stride), BasicBlock(cout, cout, 1), BasicBlock(cout, cout, 1))
-        self.layer1, self.layer2, self.layer3 = stage(16, 16, 1), stage(16, 32, 2), stage(32, 64, 2)
+        self.relu = nn.ReLU()
+        self.layer1 = nn.Sequential(BasicBlock(16, 16), BasicBlock(16, 16), BasicBlock(16, 16))
+        self.layer2 = nn.Sequential(BasicBlock(16, 32, 2), BasicBlock(32, 32), BasicBlock(32, 32))
+        self.layer3 = nn.Sequential(BasicBlock(32, 64, 2), BasicBlock(64, 64), BasicBlock(64, 64))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(64, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
 
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))                       # [B, 16, H, W]
-        x = self.layer3(self.layer2(self.layer1(x)))              # [B, 64, H/4, W/4]
-        return self.fc(x.mean((2, 3)))                            # [B, classes]
-
-
-@functools.cache
 def import_torchvision():
-    """torchvision, also where its compiled operators do not fit this torch: none of them is needed here."""
+    """torchvision, also where its compiled operators do not fit this torch: none is needed here."""
     try:
         import torchvision
     except ImportError as error:
-        raise AsgaError(f"this needs torchvision, which does not import ({error}): pip install torchvision")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_torchvision.library = library                                   # its definitions live as long as it does
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
+        raise AsgaError(f"this needs torchvision ({error}): pip install torchvision") from None
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        for name in ("torchvision::nms", "torchvision::qnms"):
+            torch.library.define(name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
-        say("this torchvision has no compiled operators for this torch; declared the missing ones (not needed here)")
     return torchvision
 
-
-def is_torchvision(arch):
-    """Whether `arch` names a torchvision model (anything but resnet20 and file.py:function)."""
-    return arch != "resnet20" and ":" not in arch
-
-
 def build(arch, num_classes):
-    """The network `arch` with freshly initialized weights: resnet20, a torchvision classification model by name, or
-    path/to/file.py:function (called with num_classes=). Raises AsgaError."""
+    """The network `arch` with fresh weights: resnet20, a torchvision classification model, or
+    path/file.py:function, which is called with num_classes=. Raises AsgaError."""
+    path, colon, function = arch.rpartition(":")
     if arch == "resnet20":
         return ResNet20(num_classes)
-    if is_torchvision(arch):
+    if not colon:
         models = import_torchvision().models
-        known = models.list_models(module=models)
-        if arch not in known:
-            near = difflib.get_close_matches(arch, ["resnet20", *known], 3)
-            raise AsgaError(f"unknown arch {arch!r}: use resnet20, a torchvision model"
-                            f"{' (' + ', '.join(near) + '?)' if near else ''}, or path/to/file.py:function")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                        # googlenet and inception announce a slow initialization
-            return models.get_model(arch, weights=None, num_classes=num_classes)
-    path, _, function = arch.rpartition(":")
-    if not Path(path).is_file():
-        raise AsgaError(f"arch {arch!r}: there is no file {path} here; give --arch path/to/file.py:function")
-    sys.path.insert(0, str(Path(path).resolve().parent))                        # it may import its neighbours
+        if arch not in models.list_models(module=models):
+            raise AsgaError(f"unknown arch {arch!r}: use resnet20, one of torchvision, or file.py:function")
+        return models.get_model(arch, weights=None, num_classes=num_classes)
+    sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
     try:
         spec = importlib.util.spec_from_file_location("asga_user_network", path)
-        module = sys.modules["asga_user_network"] = importlib.util.module_from_spec(spec)     # dataclasses look it up there
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if not hasattr(module, function):
-            raise AsgaError(f"arch {arch!r}: {path} has no function {function!r}")
-        model = getattr(module, function)(num_classes=num_classes)
-    except AsgaError:
-        raise
-    except Exception as error:                                                   # whatever somebody's file can raise
-        raise AsgaError(f"arch {arch!r}: {type(error).__name__}: {' '.join(str(error).split())}; it must give a network when "
-                        f"called with num_classes={num_classes}")
-    finally:
-        sys.path.pop(0)
-    if not isinstance(model, nn.Module):
-        raise AsgaError(f"arch {arch!r} returned a {type(model).__name__}: it must return an nn.Module")
-    layers_of(model)                                                              # refuses lazy ones
-    return model
+        return getattr(module, function)(num_classes=num_classes)
+    except Exception as error:  # whatever somebody's file can raise
+        raise AsgaError(f"arch {arch!r} gives no network for num_classes= ({one_line(error)})") from error
 
-
-def place(model, device):
-    """The model on the device, in the memory format of the images; torch refuses that where a tensor has five dimensions."""
-    flat = all(t.dim() < 5 for t in itertools.chain(model.parameters(), model.buffers()))
-    return model.to(device, memory_format=torch.channels_last) if flat else model.to(device)
-
-
-def check_network(model, arch, num_classes, resolution, device, batch=0):
-    """An input [1, 3, R, R] that the network takes; AsgaError where it does not, gives no [1, num_classes], or, with
-    `batch`, does not take a batch of that size in training."""
+def check_network(model, arch, num_classes, resolution, device):
+    """An input [1, 3, R, R] that the network turns into [1, num_classes]; AsgaError where it does not."""
+    x = torch.zeros(1, 3, resolution, resolution, device=device)
     try:
-        x = torch.zeros(1, 3, resolution, resolution, device=device)
-        out = first_output(_run_eval(model, (x,)))
-        if batch:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-                _copy(model).train()(x.expand(batch, -1, -1, -1))
-    except Exception as error:                                                   # whatever somebody's network can raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise AsgaError(f"{arch} does not take {resolution}x{resolution} images, {max(1, batch)} at a time ({reason}): try "
-                        f"another --resolution, --cost-resolution or --batch-size")
-    if not torch.is_tensor(out) or tuple(out.shape) != (1, num_classes):
-        raise AsgaError(f"{arch} returns {tuple(out.shape) if torch.is_tensor(out) else type(out).__name__} for one image, not "
-                        f"(1, {num_classes}): it must give one logit per class")
+        with evaluating(model):
+            out = tuple(first_output(model(x)).shape)
+    except Exception as error:  # whatever somebody's network can raise
+        out = one_line(error)
+    if out != (1, num_classes):
+        size = f"{resolution}x{resolution}"
+        raise AsgaError(f"{arch} gives no {num_classes} logits for {size} ({out}): try another --resolution")
     return x
 
+def read_checkpoint(path):
+    """The dict in a .pt file; AsgaError where there is none. Nothing that the file holds is executed."""
+    try:
+        return {**torch.load(path, map_location="cpu", weights_only=True)}
+    except Exception as error:  # whatever broken bytes can raise
+        raise AsgaError(f"{path} holds no state_dict of plain tensors ({type(error).__name__})") from None
 
-def load_weights(model, arch, source, classes=()):
-    """Fill `model` from a file (a state dict, or a checkpoint of ours) or from "imagenet" (torchvision's pretrained ones).
-    A classifier head for another number of classes, or, where the file names its classes, for others than `classes`, stays as
-    initialized, and one line says so: then the result is True. Raises AsgaError."""
-    trained = []
+def load_weights(model, arch, source, classes):
+    """Fill `model` from a file (a state dict or our checkpoint) or "imagenet" (torchvision's). True where its
+    classifier has to be trained: one of another size stays as it was, or the file is of other classes."""
     if source == "imagenet":
-        if not is_torchvision(arch):
-            raise AsgaError(f"--weights imagenet is for torchvision models; {arch} has none: give a file")
-        state = download_weights(arch)
+        try:
+            state = import_torchvision().models.get_model_weights(arch).DEFAULT.get_state_dict()
+        except (OSError, RuntimeError, ValueError, AttributeError) as error:
+            raise AsgaError(f"no ImageNet weights for {arch} ({one_line(error)}): give a file") from None
     else:
         state = read_checkpoint(source)
-        if state.get("policy") or state.get("format") == "asga-supernet":
-            raise AsgaError(f"{source} is a quantized network: give the full-precision weights that it came from")
-        trained = state.get("classes", []) if state.get("format") == "asga-model" else []
-        for key in ("state", "state_dict", "model_state_dict", "model", "net"):
-            state = state[key] if isinstance(state.get(key), dict) else state
-    own = model.state_dict()
-    prefix = "" if any(key.startswith("module.") for key in own) else r"((module|_orig_mod)\.)*"                # parallel, averaged, compiled
-    state = {re.sub("^" + prefix, "", str(key)): value for key, value in state.items() if torch.is_tensor(value) and key != "n_averaged"}
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unknown = [key for key in state if key not in own]
-    other = [key for key in own if key in state and own[key].shape != state[key].shape]
-    head = all(own[key].dim() and state[key].dim() and own[key].shape[1:] == state[key].shape[1:] for key in other)
-    if len({(len(own[key]), len(state[key])) for key in other} if head else ()) > 1 or not head or missing or unknown:
-        what = (f"it lacks {missing[0]!r}" if missing else f"it has {unknown[0]!r}, which the network lacks" if unknown else
-                f"{other[0]!r} has shape {tuple(state[other[0]].shape)}, the network {tuple(own[other[0]].shape)}")
-        raise AsgaError(f"weights {source} are of another network than {arch}: {what}")
-    if not other and trained and classes and list(classes) != trained:        # as many, but others: what depends on their number
-        with torch.random.fork_rng([]):
-            larger = build(arch, len(classes) + 1).state_dict()
-        other = [key for key in own if larger[key].shape != own[key].shape]
-    if other:
-        what = f"{len(state[other[0]])} classes" + (" of other names" if len(state[other[0]]) == len(own[other[0]]) else "")
-        say(f"{source} was trained for {what}: the classifier ({other[0].rpartition('.')[0]}) is replaced by a fresh one for "
-            f"{len(own[other[0]])}")
-    with torch.no_grad():                                        # not load_state_dict: some networks ask there for what files lack
-        for key in own.keys() & state.keys() - set(other):
-            own[key].copy_(state[key])
-    return bool(other)
+    if state.get("policy") or state.get("format") == "asga-supernet":
+        raise AsgaError(f"{source} is a quantized network: give the full-precision weights that it came from")
+    trained, own = state.get("classes", classes), model.state_dict()
+    for key in ("state", "state_dict", "model_state_dict", "model", "net"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    state = {key.removeprefix("module."): value for key, value in state.items()}  # of nn.DataParallel
+    strange = [key for key in own.keys() ^ state.keys() if not key.endswith("num_batches_tracked")]
+    head = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    sizes = {(len(state[key]), len(own[key])) for key in head}
+    if strange or len(sizes) > 1 or any(own[key].shape[1:] != state[key].shape[1:] for key in head):
+        raise AsgaError(f"weights {source} are of another network than {arch}: see {min(strange or head)!r}")
+    for there, here in sizes:
+        say(f"{source} is of {there} classes: its classifier is replaced by a fresh one for {here}")
+    own.update((key, state[key]) for key in own.keys() & state.keys() - set(head))
+    model.load_state_dict(own)
+    return bool(head) or list(trained) != list(classes)
 
 
-def download_weights(arch):
-    """State dict of torchvision's pretrained weights; AsgaError where they cannot be had within seconds of silence."""
-    models = import_torchvision().models
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
-    try:
-        state = models.get_model_weights(arch).DEFAULT.get_state_dict(progress=sys.stderr.isatty())
-        return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.", r"\1\2.", key): value for key, value in state.items()}   # old names
-    except (OSError, RuntimeError, AttributeError) as error:
-        raise AsgaError(f"cannot fetch ImageNet weights of {arch} ({error}): give --weights FILE, a state dict")
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def read_checkpoint(path):
-    """The dict in a .pt file; AsgaError where there is none."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise AsgaError(f"cannot read {path}: {error.strerror or error}")
-    except Exception:                                                            # whatever broken bytes can raise
-        raise AsgaError(f"{path} is not a PyTorch file of plain tensors: save a state dict with torch.save")
-    if not isinstance(state, dict):
-        raise AsgaError(f"{path} holds a {type(state).__name__}, not a state dict: save model.state_dict()")
-    return state
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: CIFAR-10, handwritten digits, or a folder of images; decoded once where memory allows, augmented in batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Data: CIFAR-10, handwritten digits, or a folder of images
+# ------------------------------------------------------------------------------------------------------------
 
 DIGITS = Path(__file__).resolve().parent / "data" / "digits.npz"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, which pretrained networks expect, for all sets
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pretrained networks expect
+IN_MEMORY = 4 * 2 ** 30  # bytes: a larger part of a data set is streamed
 
-
-def read_image(path, look):
-    """look(the opened PIL image); AsgaError names a file that is no readable image."""
-    from PIL import Image
+def read_image(path):
+    """An RGB image; AsgaError names a file that holds none."""
     try:
-        with Image.open(path) as image:
-            return look(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise AsgaError(f"{path} is not a readable image ({str(error).splitlines()[0]}): mend or delete it")
+        return import_torchvision().datasets.folder.default_loader(path)
+    except Exception as error:  # whatever broken bytes can raise
+        raise AsgaError(f"{path} is no readable image ({one_line(error)}): mend or delete it") from None
 
+def on_signals(handler, worker=None):
+    """What Ctrl-C and SIGTERM do: they reach a process and its workers alike."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
-def _ignore_interrupts(worker):
-    for s in (signal.SIGINT, signal.SIGTERM):                  # sent to the whole group: they are for the main process
-        signal.signal(s, signal.SIG_IGN)
-
-
-def _stack(images):
-    """A batch of decoded images, or the error of the first one that could not be decoded."""
-    return next((image for image in images if isinstance(image, AsgaError)), None) or torch.stack(images)
-
-
-def memory_size(limit=Path("/sys/fs/cgroup/memory.max")):
-    """Bytes of memory that the machine has, or less where a container is limited (cgroup v2)."""
-    limit = limit.read_text().strip() if limit.exists() else "max"
-    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), math.inf if limit == "max" else int(limit))
-
-
-class ImageSet(torch.utils.data.Dataset):
-    """One part (train or val) of a data set: images as a uint8 tensor [N, 3, S, S], or as paths, and labels [N].
-
-    Paths are decoded at first use into memory, where a quarter of the machine's is enough; larger sets stream through
-    DataLoader workers. `size`: side S at which images are kept; the network's resolution is reached in batches.
-    """
+class ImageSet:
+    """labels [N] and images: uint8 [N, 3, S, S], or a torchvision data set that DataLoader workers decode."""
 
     def __init__(self, images, labels, size):
         self.images, self.labels, self.size = images, torch.as_tensor(labels), size
@@ -1767,504 +1120,311 @@ class ImageSet(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.labels)
 
-    def subset(self, index):
-        images = self.images[index] if torch.is_tensor(self.images) else [self.images[i] for i in index.tolist()]
+    def __getitems__(self, index):
+        """(uint8 [B, 3, S, S], labels [B]). Decoded: the shorter side resized to S, the centre cut out."""
+        if torch.is_tensor(self.images):
+            return self.images[index], self.labels[index]
+        vision = import_torchvision().transforms.functional
+        images = [vision.resize(self.images[i][0], self.size) for i in index]
+        images = [vision.pil_to_tensor(vision.center_crop(image, self.size)) for image in images]
+        return torch.stack(images), self.labels[index]
+
+    def subset(self, mask):
+        """The images where the boolean mask [N] is true."""
+        index, images = mask.nonzero()[:, 0], self.images
+        images = images[index] if torch.is_tensor(images) else torch.utils.data.Subset(images, index.tolist())
         return ImageSet(images, self.labels[index], self.size)
 
-    def decode(self, i):
-        """uint8 [3, S, S]: the shorter side resized to S, the centre cut out."""
-        def fit(image):
-            if image.mode.startswith("I"):                        # 16-bit grey: convert() alone clips it to 255
-                image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
-            if image.mode == "F":
-                raise ValueError("floating-point pixels: what is white is not known")
-            image = image.convert("RGB")
-            scale = self.size / min(image.size)
-            if scale != 1:
-                image = image.resize([max(self.size, round(side * scale)) for side in image.size], resample=2)     # bilinear
-            left, top = ((side - self.size) // 2 for side in image.size)
-            return image.crop((left, top, left + self.size, top + self.size)).tobytes()
-
-        pixels = torch.frombuffer(bytearray(read_image(self.images[i], fit)), dtype=torch.uint8)
-        return pixels.view(self.size, self.size, 3).permute(2, 0, 1)
-
-    def __getitem__(self, i):
-        try:
-            return self.decode(i)
-        except AsgaError as error:                     # a worker process would wrap it in a traceback: hand it over instead
-            return error
-
     def load(self, device):
-        """Decode everything, once, onto the device where it fits there."""
-        if not torch.is_tensor(self.images):
-            if len(self) * 3 * self.size ** 2 > memory_size() / 4:
-                return
-            progress = Progress("reading images", len(self))
-            images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for i, image in enumerate(pool.map(self.decode, range(len(self)))):
-                    images[i] = image
-                    progress.show(i + 1)
-            self.images = images
-        if device.type == "cuda" and self.images.numel() <= torch.cuda.get_device_properties(device).total_memory / 4:
-            self.images = self.images.to(device)
+        """Decode everything, once, onto the device, where that is small."""
+        if not torch.is_tensor(self.images) and 3 * self.size ** 2 * len(self) <= IN_MEMORY:
+            parts, blocks = [], torch.arange(len(self)).split(256)
+            progress = Progress("reading images, block", len(blocks))
+            for images, _ in self.batches(blocks, "cpu"):
+                parts.append(images)
+                progress.show(len(parts))
+            self.images = torch.cat(parts)
+        if torch.is_tensor(self.images):
+            self.images, self.labels = self.images.to(device), self.labels.to(device)
 
     def batches(self, indices, device):
         """(uint8 images [B, 3, S, S], labels [B]) on the device, for each index tensor [B] of `indices`."""
+        workers = 0 if torch.is_tensor(self.images) else os.cpu_count()
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=map(torch.Tensor.tolist, indices), collate_fn=tuple, num_workers=workers,
+            worker_init_fn=functools.partial(on_signals, signal.SIG_IGN), generator=torch.Generator())
+        try:
+            for images, labels in loader:
+                yield images.to(device), labels.to(device)
+        except AsgaError as error:  # its own line stands below a worker's traceback
+            raise AsgaError(str(error).strip().rpartition("AsgaError: ")[2]) from None
+
+    def stream(self, start, batch_size, device, resolution, seed, style):
+        """Endless (x, y) batches from step `start` on; step k depends on seed and k alone. style: "flip"
+        (random crops and mirror images), "crop" or "none"."""
         self.load(device)
-        if torch.is_tensor(self.images):
-            for index in indices:
-                yield self.images[index.to(self.images.device)].to(device), self.labels[index].to(device)
-            return
-        plan_, order = itertools.tee(indices)
-        loader = torch.utils.data.DataLoader(self, batch_sampler=(i.tolist() for i in plan_), collate_fn=_stack,
-                                             num_workers=os.cpu_count(), worker_init_fn=_ignore_interrupts,
-                                             pin_memory=device.type == "cuda",
-                                             generator=torch.Generator())      # the global one is the network's
-        for images, index in zip(loader, order):
-            if isinstance(images, AsgaError):
-                raise images
-            yield images.to(device, non_blocking=True), self.labels[index].to(device)
+        size, seed = min(batch_size, len(self)), seed * 1_000_003
+        count = len(self) // size  # steps an epoch
 
+        def indices():
+            for epoch in itertools.count(start // count):
+                order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed + epoch))
+                yield from order.split(size)[:count]
 
-@functools.cache
-def channel_statistics(device):
-    """(mean, deviation) [3, 1, 1], on the device once and not in every batch."""
-    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD)]
-
+        batches = self.batches(itertools.islice(indices(), start % count, None), device)
+        for step, (images, y) in enumerate(batches, start):
+            if style != "none":
+                images = augment(images, style == "flip", torch.Generator().manual_seed(seed + step))
+            yield normalize(images, resolution), y
 
 def normalize(images, resolution):
-    """uint8 [B, 3, S, S] → float32 [B, 3, R, R], ImageNet's mean and deviation."""
-    mean, std = channel_statistics(images.device)
+    """uint8 [B, 3, S, S] to float32 [B, 3, R, R], ImageNet's mean and deviation."""
+    mean, std = torch.tensor([MEAN, STD], device=images.device)[..., None, None]
     x = (images.float() / 255 - mean) / std
     if x.shape[-1] != resolution:
         x = F.interpolate(x, size=resolution, mode="bilinear", align_corners=False)
-    return x.contiguous(memory_format=torch.channels_last)                # what convolutions on CPU run fastest on
-
+    return x.contiguous(memory_format=torch.channels_last)  # what convolutions run fastest on
 
 def augment(images, flip, generator):
-    """Random crops of the image padded by an eighth of its side, one per image, and mirror images: uint8 [B, 3, S, S]."""
+    """uint8 [B, 3, S, S]: a random crop of each image, padded by an eighth; `flip`: half of them mirrored."""
     b, _, s, _ = images.shape
-    pad = s // 8
-    draw = lambda high: torch.randint(high, (b,), generator=generator)
-    top, left, mirror = draw(2 * pad + 1), draw(2 * pad + 1), draw(2).bool() & flip
-    rows, columns = (torch.arange(s) + offset[:, None] for offset in (top, left))                              # [B, S]
-    columns = torch.where(mirror[:, None], columns.flip(1), columns)
-    at = lambda index, *shape: index.to(images.device).view(b, *shape)
-    padded = F.pad(images, (pad,) * 4)
-    return padded[at(torch.arange(b), 1, 1, 1), torch.arange(3, device=images.device).view(1, 3, 1, 1),
-                  at(rows, 1, s, 1), at(columns, 1, 1, s)]
+    pad, side, device = s // 8, torch.arange(s), images.device
+    top, left = torch.randint(2 * pad + 1, (2, b, 1), generator=generator)
+    mirror = torch.randint(2, (b, 1), generator=generator).bool() & flip
+    rows, columns = side + top, torch.where(mirror, side.flip(0), side) + left  # [B, S]
+    rows, columns = rows[:, :, None].to(device), columns[:, None].to(device)
+    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)
+    return padded[torch.arange(b, device=device)[:, None, None], rows, columns].permute(0, 3, 1, 2)
 
-
-class Data(NamedTuple):
-    """A data set: its name as given, names of its classes, the two parts, its own image size (None: mixed), mirroring."""
-    name: str
-    classes: list
-    train: ImageSet
-    val: ImageSet
-    size: int | None
-    flip: bool
-
-
-def class_subset(spec, count):
-    """[indices] of "0-4,7" out of `count` classes."""
-    if not spec:
-        return list(range(count))
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", spec):
-        raise AsgaError(f"--classes {spec!r} is not understood: write numbers and ranges, like 0-4,7")
-    chosen = []
-    for part in spec.split(","):
-        first, _, last = part.partition("-")
-        if int(last or first) < int(first):
-            raise AsgaError(f"--classes {spec!r}: {part} runs backwards; write {last}-{first}")
-        chosen += range(int(first), min(int(last or first), max(int(first), count)) + 1)        # no list of 0-4000000000
-    if max(chosen) >= count or len(set(chosen)) < len(chosen):
-        raise AsgaError(f"--classes {spec!r}: the set has classes 0 to {count - 1}; name each once")
-    return chosen
-
-
-def subset_of(part, classes):
-    """The images of some classes of an ImageSet, labels counted anew from 0."""
-    label = torch.full((int(part.labels.max()) + 1,), -1)
-    label[classes] = torch.arange(len(classes))
-    index = (label[part.labels] >= 0).nonzero()[:, 0]
-    part = part.subset(index)
-    part.labels = label[part.labels]
-    return part
-
-
-def stratified(labels, share, seed=0):
+def stratified(labels, share):
     """Boolean mask [N]: a random `share` of each class (at least one image), by a fixed seed."""
-    mask, generator = torch.zeros(len(labels), dtype=torch.bool), torch.Generator().manual_seed(seed)
+    mask, generator = torch.zeros(len(labels), dtype=torch.bool), torch.Generator().manual_seed(0)
     for label in labels.unique():
         index = (labels == label).nonzero()[:, 0]
-        mask[index[torch.randperm(len(index), generator=generator)][:max(1, round(share * len(index)))]] = True
+        drawn = index[torch.randperm(len(index), generator=generator)]
+        mask[drawn[:max(1, round(share * len(index)))]] = True
     return mask
 
-
 def digits():
-    """UCI handwritten digits, 1,797 real 8×8 images, upsampled to 32×32; a fifth of each class is for validation."""
-    if not DIGITS.exists():
-        raise AsgaError(f"--data digits needs {DIGITS}, which comes with the repository beside asga.py: copy it there")
+    """UCI handwritten digits, 1,797 real 8x8 images, upsampled to 32x32; a fifth of each class validates."""
     import numpy
     with numpy.load(DIGITS) as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
-    images = F.interpolate(images[:, None].float() * (255 / 16), size=32, mode="bilinear", align_corners=False)
-    images = images.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    images = F.interpolate(images[:, None] * (255 / 16), size=32, mode="bilinear", align_corners=False)
+    both = ImageSet(images.round().byte().expand(-1, 3, -1, -1), labels, 32)
     val = stratified(labels, 0.2)
-    parts = [ImageSet(images[mask], labels[mask], 32) for mask in (~val, val)]
-    return Data("digits", [str(d) for d in range(10)], *parts, 32, False)
+    return list("0123456789"), both.subset(~val), both.subset(val)
 
-
-def cifar10_reachable(root):
-    """True where CIFAR-10 is on disk or its host answers within seconds (a name look-up alone can hang for minutes)."""
-    if (Path(root) / "cifar-10-batches-py").is_dir():
-        return True
-    answer = []
-
-    def ask():
-        try:
-            socket.create_connection(("www.cs.toronto.edu", 443), timeout=4).close()
-            answer.append(True)
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(5)
-    return bool(answer)
-
-
-def cifar10(root):
-    """CIFAR-10 (Krizhevsky 2009) through torchvision's loader, downloaded into `root` where it is not there."""
-    if not cifar10_reachable(root):
-        raise AsgaError(f"cifar10 is not in {root} and its server does not answer: give --data-root, --data DIR (a folder "
-                        f"train/CLASS/*, val/CLASS/*) or --data digits")
-    datasets = import_torchvision().datasets
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
+def through_torchvision(name, root):
+    """CIFAR-10, downloaded into `root`, or a folder train/CLASS/*, val/CLASS/*, sized as its first image."""
+    sets, parts = import_torchvision().datasets, ("train", "val")
     try:
-        found = [datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
+        if name == "cifar10":
+            train, val = (sets.CIFAR10(root, part == "train", download=True) for part in parts)
+        else:
+            train, val = (sets.ImageFolder(Path(name) / part, loader=read_image) for part in parts)
     except (OSError, RuntimeError) as error:
-        raise AsgaError(f"cannot get cifar10 into {root} ({str(error).splitlines()[0]}): try again, or give --data DIR")
-    finally:
-        socket.setdefaulttimeout(before)
-    parts = [ImageSet(torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), d.targets, 32) for d in found]
-    return Data("cifar10", found[0].classes, *parts, 32, True)
-
-
-def image_folder(name):
-    """A folder train/CLASS/*, val/CLASS/* (torchvision's ImageFolder)."""
-    ImageFolder = import_torchvision().datasets.ImageFolder
-    found = []
-    for part in ("train", "val"):
-        folder = Path(name) / part
-        if not folder.is_dir():
-            raise AsgaError(f"--data {name}: there is no folder {folder}; images lie in train/CLASS/* and val/CLASS/*")
-        try:
-            found.append(ImageFolder(folder))
-        except FileNotFoundError as error:
-            raise AsgaError(f"--data {folder}: {str(error).splitlines()[0]} Put images there, or remove the folder")
-    if found[0].classes != found[1].classes:
-        odd = sorted(set(found[0].classes) ^ set(found[1].classes))[0]
+        what = "give cifar10, digits, or a folder with train/CLASS/*, val/CLASS/*"
+        raise AsgaError(f"--data {name!r}: {one_line(error)}; {what}") from None
+    for odd in set(train.classes) ^ set(val.classes):
         raise AsgaError(f"--data {name}: class {odd!r} is in only one of train/ and val/")
-    sides = set()
-    for path, _ in found[0].samples[::max(1, len(found[0]) // 32)]:
-        sides.update(read_image(path, lambda image: image.size))
-    size = sides.pop() if len(sides) == 1 else None
-    parts = [ImageSet([path for path, _ in f.samples], f.targets, size) for f in found]
-    return Data(str(name), found[0].classes, *parts, size, True)
+    width, height = train[0][0].size
+    size = width if width == height else None
+    return train.classes, ImageSet(train, train.targets, size), ImageSet(val, val.targets, size)
+
+def load_data(name, root, spec=""):
+    """(classes, train, val) that --data and --classes (like "0-4,7") name; AsgaError where there is none."""
+    classes, train, val = digits() if name == "digits" else through_torchvision(name, root)
+    every, chosen = range(len(classes)), []
+    for part in (spec or f"0-{every[-1]}").split(","):
+        first, _, last = part.partition("-")
+        valid = first.isdigit() and (last or first).isdigit()
+        found = range(int(first), int(last or first) + 1) if valid else ()
+        chosen += found or [-1]  # refused below
+    if not set(chosen) <= set(every) or len(set(chosen)) < max(2, len(chosen)):
+        raise AsgaError(f"--classes {spec}: name at least two of 0-{every[-1]}, each once, like 0-4,7")
+    label = torch.full((len(classes),), -1)
+    label[chosen] = torch.arange(len(chosen))  # counted anew from 0
+    for part in (train, val):
+        part.labels = label[part.labels]
+    return [classes[c] for c in chosen], train.subset(train.labels >= 0), val.subset(val.labels >= 0)
 
 
-def load_data(name, root, classes=""):
-    """The Data that --data and --classes name; AsgaError where there is none."""
-    if name not in ("digits", "cifar10") and not Path(name).is_dir():
-        raise AsgaError(f"unknown data set {name!r}: use cifar10, digits, or a folder with train/CLASS/* and val/CLASS/*")
-    data = digits() if name == "digits" else cifar10(root) if name == "cifar10" else image_folder(name)
-    chosen = class_subset(classes, len(data.classes))
-    if len(chosen) < 2:
-        raise AsgaError(f"--data {name} {classes and '--classes ' + classes} has {len(chosen)} class: give at least two")
-    return data._replace(classes=[data.classes[c] for c in chosen],
-                         train=subset_of(data.train, chosen), val=subset_of(data.val, chosen))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Runs: one folder each; progress, log, checkpoints; stopped at any step and continued
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM, after what was done is on disk."""
+def say(line):
+    """One line to the person at the terminal: stderr, as stdout is for results."""
+    print(f"asga: {line}", file=sys.stderr, flush=True)
 
+def one_line(error):
+    """The first line of an error's message, or its kind."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+def human(value):
+    """1234567 → '1.235M'."""
+    unit = max((unit for unit in SCALES if SCALES[unit] <= value), key=SCALES.get, default="")
+    return f"{value / SCALES[unit]:.4g}{unit.upper()}"
 
 class Progress:
-    """A line with what is done, numbers and the time left: rewritten on a terminal, else a plain line now and then."""
+    """What is done and the time left: a line that is rewritten on a terminal, else one every 15 seconds."""
 
-    def __init__(self, what, total, done=0):
-        self.what, self.total, self.first = what, total, done
-        self.start, self.last, self.live = time.monotonic(), time.monotonic(), sys.stderr.isatty()
+    def __init__(self, what, total, first=0):
+        self.what, self.total, self.first = what, total, first
+        self.start = self.last = time.monotonic()
 
-    def begin(self, done):
-        """Time from here on: what came before (reading images, compiling) says nothing about the rest."""
-        self.first, self.start = done, time.monotonic()
+    def show(self, done, loss=None):
+        now, live = time.monotonic(), sys.stderr.isatty()
+        if done == self.total and now - self.start > 1 or now - self.last > (0.2 if live else 15):
+            left = round((now - self.start) / (done - self.first) * (self.total - done))
+            text = "" if loss is None else f"  loss {loss:.4f}"
+            line = f"{self.what} {done}/{self.total}{text}  ETA {left // 60}:{left % 60:02}"
+            print(line, end="\x1b[K\r" if live and done < self.total else "\n", file=sys.stderr, flush=True)
+            self.last = now
 
-    def show(self, done, **numbers):
-        now = time.monotonic()
-        if now - self.last < (0.2 if self.live else 15) and done < self.total:
-            return
-        if done <= self.first or done == self.total and now - self.start < 1:
-            print(CLEAR if self.live else "", end="", file=sys.stderr, flush=True)                # of a short phase nothing stays
-            return
-        self.last = now
-        left = round((now - self.start) / max(1, done - self.first) * (self.total - done))
-        text = f"{self.what} {done}/{self.total}" + "".join(f"  {k} {v}" for k, v in numbers.items())
-        text += f"  ETA {left // 60}:{left % 60:02}" if done < self.total else f"  {now - self.start:.0f} s"
-        print(CLEAR + text if self.live else text, end="" if self.live and done < self.total else "\n",
-              file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def evaluating(model):
+    """In eval mode without gradients; the modes of all modules are put back."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
+def as_args(inputs):
+    """A model's inputs, a tensor or several, as a tuple of arguments."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+def parameter_groups(model, lr, weight_decay, apart=()):
+    """SGD groups: weights with decay; biases, normalization, quantizer steps without. `apart` is left out."""
+    groups, apart = {weight_decay: [], 0.0: []}, set(apart)
+    for p in model.parameters():
+        if p.requires_grad and p not in apart:
+            groups[weight_decay if p.dim() > 1 else 0.0].append(p)
+    return [{"params": group, "base_lr": lr, "weight_decay": decay} for decay, group in groups.items()]
+
+def cosine(optimizer, done, total, warmup=0.0):
+    """Learning rates of step `done` of `total`: cosine from base_lr to zero, after a linear warm-up."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * done / total))
+        group["lr"] *= min(1, (done + 1) / (warmup * total + 1))
+
+def first_output(out):
+    """The logits of networks that return more (auxiliary heads, named tuples, dicts)."""
+    return as_args(tuple(out.values()) if isinstance(out, dict) else out)[0]
+
+def backward(net, x, y, loss_fn, precision):
+    """Forward and backward pass; returns the loss. bf16: the network under autocast, all else in float32."""
+    net.zero_grad()
+    with prepared(net):
+        with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = first_output(net(*as_args(x)))
+        loss = loss_fn(logits.float() if precision == "bf16" else logits, y)
+        loss.backward()
+    return loss
+
+def packed(state):
+    """The bytes of a .pt file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 class Run:
-    """The folder of one command. A run with the same settings in the same folder goes on where it was stopped."""
+    """The folder of a command. With the same settings in the same folder it goes on where it was stopped."""
 
-    def __init__(self, out, command, cfg, result):
-        self.out = Path(out)
-        settings, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, type(cfg)()))
-        settings.pop("out", None)
-        files = {key: hashlib.sha256(Path(settings[key]).read_bytes()).hexdigest()[:16] for key in ("policy", "weights")
-                 if settings.get(key) and Path(settings[key]).is_file()}               # a name alone may hold something else by now
+    def __init__(self, out, settings, result):
+        self.out, config = Path(out), Path(out) / "config.json"
+        self.settings = json.loads(json.dumps(settings))
+        self.out.mkdir(parents=True, exist_ok=True)
+        if (self.out / result).exists():  # the last thing that is written
+            raise AsgaError(f"--out {out} holds a finished {result}: give another folder, or delete it")
+        old = read_json(config)["settings"] if config.exists() else self.settings
+        for key, value in self.settings.items():
+            if old.get(key) != value:
+                raise AsgaError(f"--out {out} holds a run with {key} {old.get(key)!r}: give another folder")
+        write_json(config, {"settings": self.settings, "versions": versions()})
+
+    def loop(self, phase, total, stream, step, objects):
+        """step(x, y, done) for each batch of stream(start) until `total`; returns the seconds that it took.
+
+        The records that steps return, numbers and small tensors, are read at checkpoints, so that no step
+        waits for the device. objects: {name: has state_dict}, what a checkpoint holds."""
+        checkpoint = self.out / f"{phase}.ckpt"
+        log = self.out / ("weights.jsonl" if phase == "weights" else "log.jsonl")
+        start, before = self.restore(checkpoint, objects)
+        lines = log.read_text().splitlines(True)[:start] if log.exists() else []
+        progress, records, saved = Progress(phase, total, start), [], time.monotonic()
+        began, self.stopping = saved - before, False
+        on_signals(self.stop)
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            old = json.loads((self.out / "config.json").read_text()) if (self.out / "config.json").exists() else None
-            if old is not None and not isinstance(old.get("settings") if isinstance(old, dict) else None, dict):
-                raise ValueError("its config.json is not one of ours")
-        except (OSError, ValueError) as error:
-            raise AsgaError(f"--out {out} cannot be used ({error}): give another folder")
-        if (self.out / result).exists():                                              # written last: the run was finished
-            raise AsgaError(f"--out {out} holds a finished {result}: give another folder, or delete it first")
-        if old is not None:
-            old["settings"] = {**defaults, **old["settings"]}                          # by a version that lacked some of them
-            other = [k for k, v in settings.items() if old["settings"][k] != v]
-            if old.get("command") != command or other:
-                what = f"{other[0]} {old['settings'][other[0]]!r}" if other else f"command {old.get('command')!r}"
-                raise AsgaError(f"--out {out} holds an unfinished run with {what}: give another folder, or delete it")
-            for key, content in old.get("files", {}).items():
-                if content != files.get(key):
-                    raise AsgaError(f"--out {out} holds an unfinished run from another content of {settings[key]}: give another "
-                                    f"folder, or delete it")
-        write_json(self.out / "config.json", {"command": command, "settings": settings, "files": files, "versions": versions()})
-
-    def loop(self, phase, total, stream, step, objects, report):
-        """Run step(x, y, done) for each batch of stream(start) until `total`; returns the seconds that it took.
-
-        Each step returns a record of numbers and small tensors; they are read and logged in blocks, so that a step does
-        not wait for the device. objects: {name: has state_dict}, in the checkpoint with the random state. report(record)
-        → {name: text} for the progress line. SIGINT and SIGTERM end it after the present step; a second one at once.
-        """
-        checkpoint, log = self.out / f"{phase}.ckpt", self.out / ("log.jsonl" if phase != "weights" else "weights.jsonl")
-        start, before = self._restore(checkpoint, objects)
-        if start > total:
-            raise AsgaError(f"{checkpoint} has done {start} steps of what are {total} now: the data have changed; give another --out")
-        asked = []
-        if start:
-            say(f"going on with {phase} at step {start} of {total}")
-        kept = log.read_text().splitlines(True)[:start] if log.exists() else []
-        write_atomic(log, lambda part: part.write_text("".join(kept)))
-
-        def save(done):
-            state = {name: thing.state_dict() for name, thing in objects.items()}
-            state.update(step=done, seconds=before + time.monotonic() - began, rng=torch.get_rng_state(),
-                         cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-            write_atomic(checkpoint, lambda part: torch.save(state, part))
-
-        def flush(done):
-            lines = []
-            for record in pending:
-                record = {k: v.tolist() if torch.is_tensor(v) else v for k, v in record.items()}
-                if not math.isfinite(record["loss"]):
-                    raise AsgaError(f"loss became {record['loss']} at step {record['step']} of {phase}: give a lower learning "
-                                    f"rate or other weights, in a new --out")
-                lines.append(json.dumps(record) + "\n")
-            pending.clear()
-            try:
-                with open(log, "a") as file:
-                    file.writelines(lines)
-            except OSError as error:
-                raise AsgaError(f"cannot write {log} ({error.strerror}): make room")
-            progress.show(done, **report(record))
-
-        def ask(signum, frame):
-            if asked:
-                raise KeyboardInterrupt
-            asked.append(signum)
-            say("stopping after this step (again: at once)")
-
-        main = threading.current_thread() is threading.main_thread()
-        previous = [(s, signal.signal(s, ask)) for s in (signal.SIGINT, signal.SIGTERM)] if main else []
-        began = flushed = saved = time.monotonic()
-        pending, progress = [], Progress(phase, total, start)
-        try:
-            for done, (x, y) in enumerate(itertools.islice(stream(start), total - start), start):
-                record = step(x, y, done)
-                now = time.monotonic()
-                if done == start:
-                    progress.begin(done + 1)
-                pending.append({"step": done, **record, "time": round(before + now - began, 3)})
-                due = now - saved > 60 or done + 1 == total or asked
-                if now - flushed > 0.5 or due:
-                    flush(done + 1)                                         # first, so that no checkpoint is ahead of its log
-                    flushed = now
-                if due:
-                    save(done + 1)
-                    saved = now
-                if asked:
-                    raise Stopped(f"stopped in {phase} after step {done + 1} of {total}, all of it saved")
+            for done, (x, y) in enumerate(itertools.islice(stream(start), total - start), start + 1):
+                record, now = step(x, y, done - 1), time.monotonic()
+                records.append({"step": done - 1, **record, "time": round(now - began, 3)})
+                progress.show(done, record["loss"])
+                if self.stopping or done == total or now - saved > 60:
+                    lines += map(self.line, records)
+                    write_atomic(log, "".join(lines).encode())  # first: no checkpoint is ahead of its log
+                    self.save(checkpoint, objects, step=done, seconds=time.monotonic() - began)
+                    records, saved = [], now
+                    if self.stopping:
+                        raise KeyboardInterrupt(f"stopped in {phase} after step {done} of {total}, all saved")
         finally:
-            for s, handler in previous:
-                signal.signal(s, handler)
-        return before + time.monotonic() - began
+            on_signals(signal.default_int_handler)
+        return round(time.monotonic() - began, 3)
 
-    def _restore(self, checkpoint, objects):
-        """(steps done, seconds that they took) of a checkpoint, its states put back; (0, 0) where there is none."""
+    def stop(self, signum, frame):
+        """The first signal lets the present step end, a second one does not."""
+        self.stopping = True
+        say("stopping after this step (again: at once)")
+        on_signals(signal.default_int_handler)
+
+    def line(self, record):
+        """A line of the log; AsgaError where the loss is not finite."""
+        if not math.isfinite(record["loss"]):
+            where = f"loss became {record['loss']} at step {record['step']}"
+            raise AsgaError(f"{where}: give a lower learning rate or other weights, in a new --out")
+        return json.dumps(record, default=torch.Tensor.tolist) + "\n"
+
+    def save(self, checkpoint, objects, **state):
+        """Write `state`, the states of `objects` and of the random generators."""
+        for name, thing in objects.items():
+            state[name] = thing.state_dict()
+        state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+        write_atomic(checkpoint, packed(state))
+
+    def restore(self, checkpoint, objects):
+        """(steps done, seconds that they took) of a checkpoint, its states put back; (0, 0) without one."""
         if not checkpoint.exists():
             return 0, 0.0
-        try:
-            state = read_checkpoint(checkpoint)
-        except AsgaError:
-            raise AsgaError(f"{checkpoint} cannot be read: delete it to start this phase again")
-        try:
-            for name, thing in objects.items():
-                thing.load_state_dict(state[name])
-        except (KeyError, ValueError, RuntimeError):
-            raise AsgaError(f"{checkpoint} is by another version of asga.py: delete it to start this phase again, or give "
-                            f"another --out")
+        state = read_checkpoint(checkpoint)
+        for name, thing in objects.items():
+            thing.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"][:torch.cuda.device_count()])             # fewer may be visible now
+        torch.cuda.set_rng_state_all(state["cuda_rng"][:torch.cuda.device_count()])
+        say(f"going on with {checkpoint.stem} at step {state['step']}")
         return state["step"], state["seconds"]
 
-    def finish(self, phase):
-        """The phase's result is written: its checkpoint can go."""
-        (self.out / f"{phase}.ckpt").unlink(missing_ok=True)
-
-
-def training_stream(part, batch_size, device, resolution, seed, style):
-    """start → endless (x, y) batches from step `start` on: what step k sees depends on seed and k alone, so a run that was
-    stopped goes on identically. style: "flip" (crops and mirror images), "crop", or "none"."""
-    size = min(batch_size, len(part))
-    per_epoch = len(part) // size
-
-    def indices(start):
-        for step in itertools.count(start):
-            epoch, k = divmod(step, per_epoch)
-            if k == 0 or step == start:
-                order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-            yield order[k * size:(k + 1) * size]
-
-    def stream(start):
-        for step, (images, y) in enumerate(part.batches(indices(start), device), start):
-            if style != "none":
-                images = augment(images, style == "flip", torch.Generator().manual_seed(seed * 1_000_003 + step))
-            yield normalize(images, resolution), y
-
-    return stream
-
-
-@torch.no_grad()
 def evaluate(model, part, resolution, device, batch_size=64):
-    """{"accuracy": percent, "loss": mean cross-entropy} over an ImageSet, in eval mode; the model stays as it was."""
-    right, loss, done, progress, prepared = 0, 0.0, 0, Progress("evaluating", len(part)), Prepared(model)
-    with _evaluating(model):
-        for images, y in part.batches(torch.arange(len(part)).split(batch_size), device):
-            with prepared:
-                logits = first_output(model(normalize(images, resolution)))
+    """{"accuracy": percent, "loss": mean cross-entropy} over an ImageSet; the model stays as it was."""
+    part.load(device)
+    right, loss, blocks = 0, 0.0, torch.arange(len(part)).split(batch_size)
+    progress = Progress("evaluating, batch", len(blocks))
+    with evaluating(model), prepared(model):
+        for done, (images, y) in enumerate(part.batches(blocks, device), 1):
+            logits = first_output(model(normalize(images, resolution)))
             right += (logits.argmax(1) == y).sum().item()
             loss += F.cross_entropy(logits, y, reduction="sum").item()
-            done += len(y)
-            progress.show(done, accuracy=f"{100 * right / done:.2f} %")
+            progress.show(done)
     return {"accuracy": 100 * right / len(part), "loss": loss / len(part)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Commands
-# ----------------------------------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass
-class Common:
-    """Flags of every command."""
-    data: str = option("", "cifar10, digits, or a folder with train/CLASS/* and val/CLASS/*")
-    data_root: str = option("data", "where cifar10 is, or is downloaded to")
-    classes: str = option("", "only these classes, like 0-4,7")
-    device: str = option("auto", "cpu, cuda, cuda:1; auto takes CUDA where it is")
-    compile: bool = option(True, "run the quantizer through torch.compile where a compiler is there")
-
-
-@dataclasses.dataclass
-class Training(Common):
-    """Flags of every command that trains."""
-    arch: str = option("resnet20", "resnet20, a torchvision model's name, or path/to/file.py:function")
-    weights: str = option("", "full-precision weights: a file, or imagenet (torchvision's); a classifier for other classes is replaced")
-    resolution: int = option(0, "side of the images in pixels (default: 64 for torchvision models, else the images' own)")
-    images: float = option(1.0, "share of the training images, drawn per class by a fixed seed")
-    augment: str = option("auto", "crops and mirror images; auto mirrors all but digits",
-                          choices=["auto", "flip", "crop", "none"])
-    batch_size: int = option(128, "images a step")
-    seed: int = option(0, "of weights, order and augmentation")
-    out: str = option("", "folder for what is made (default runs/<time>-<arch>-<data>)")
-    precision: str = option("float32", PRECISION_HELP, choices=PRECISIONS)
-
-
-@dataclasses.dataclass
-class Pretraining(Training):
-    """Flags of the commands that start from full-precision weights."""
-    fp_epochs: int = option(20, "epochs of the full-precision training that comes first without --weights, or where the "
-                                "classifier of --weights has other classes")
-    fp_lr: float = option(0.1, "its learning rate; a tenth of it with --weights")
-    cost_resolution: int = option(0, "side at which MACs are counted: that of deployment (default: 224 for torchvision "
-                                  "models, else --resolution)")
-
-
-@dataclasses.dataclass
-class SearchConfig(SearchSettings, Pretraining):
-    """Flags of search."""
-    budget: str = option("3bit", BUDGET_HELP + "; join two with a comma")
-    random_weights: bool = option(False, "search from random weights (not recommended)")
-
-
-@dataclasses.dataclass
-class TransferConfig(Pretraining):
-    """Flags of transfer."""
-    policy: str = option("", "policy.json of a search", positional=True)
-    arch: str = option("", "default: the policy's")
-    epochs: int = option(5, "epochs of quantization-aware tuning")
-    lr: float = option(0.01, "learning rate of weights and quantizer steps (SGD with momentum 0.9, cosine to zero)")
-    weight_decay: float = option(1e-4, "weight decay of convolution and matrix weights")
-    recompute: bool = option(False, RECOMPUTE_HELP)
-
-
-@dataclasses.dataclass
-class TrainConfig(Training):
-    """Flags of train."""
-    epochs: int = option(20, "epochs of full-precision training")
-    lr: float = option(0.1, "learning rate (SGD with momentum 0.9, warm-up, cosine to zero)")
-
-
-@dataclasses.dataclass
-class EvalConfig(Common):
-    """Flags of eval."""
-    model: str = option("", "model.pt of train or transfer", positional=True)
-    compile: bool = option(False, "run the quantizer through torch.compile: pays where there are many images")
-
-
-def pick_device(name):
-    """The torch.device of --device; AsgaError where it does not work."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device, dtype=torch.float64).item()
-    except (RuntimeError, AssertionError, TypeError) as error:              # torch without CUDA; a device without float64
-        raise AsgaError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): use --device cpu")
-    return device
-
+# ------------------------------------------------------------------------------------------------------------
 
 def describe(device):
     """The machine in a line."""
@@ -2272,358 +1432,260 @@ def describe(device):
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
-
-def peak_memory(device):
-    """The most memory in use so far, in words."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on the GPU"
-    import resource
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'darwin' else 10):.0f} MiB of the process"
-
-
 class Job:
-    """What train, search and transfer share: device, data, network, resolution, all checked before anything is written."""
+    """What the commands share: device, data, network, checked before anything is written."""
 
-    def __init__(self, cfg, command):
-        self.cfg, self.name = cfg, command
-        for name, least in (("batch_size", 1), ("fp_epochs", 1), ("resolution", 0), ("epochs", 1)):
-            if getattr(cfg, name, least) < least:
-                raise AsgaError(f"--{name.replace('_', '-')} {getattr(cfg, name)} must be at least {least}")
-        check_finite(cfg, ("lr", "fp_lr", "weight_decay"))
-        if not 0 <= cfg.seed < 2 ** 32:
-            raise AsgaError(f"--seed {cfg.seed} must be a whole number from 0 to {2 ** 32 - 1}")
-        if not 0 < cfg.images <= 1:
-            raise AsgaError(f"--images {cfg.images} must be a share of the training images, above 0 and at most 1")
-        Fused.on = cfg.compile
-        self.device = pick_device(cfg.device)
-        here = Path(cfg.out or "runs").absolute()
-        while not here.exists():
-            here = here.parent
-        if not here.is_dir() or not os.access(here, os.W_OK):
-            raise AsgaError(f"--out {cfg.out or 'runs'} cannot be written ({here} is no folder that you may write to): give "
-                            f"another")
-        self.data = load_data(cfg.data, cfg.data_root, cfg.classes)
-        own = self.data.size or 64
-        self.resolution = cfg.resolution or (64 if is_torchvision(cfg.arch) else own)
-        if not cfg.resolution and not self.data.size:
-            say(f"images differ in size or are not square: taking them at {self.resolution} pixels (--resolution changes that)")
-        for part in (self.data.train, self.data.val):
-            part.size = min(self.data.size or self.resolution, self.resolution)
-        self.train = self.data.train
-        if cfg.images < 1:
-            self.train = self.train.subset(stratified(self.train.labels, cfg.images).nonzero()[:, 0])
-        self.style = ("flip" if self.data.flip else "crop") if cfg.augment == "auto" else cfg.augment
+    def __init__(self, cfg, result):
+        cfg.arch = cfg.arch or "resnet20"
+        self.cfg, self.result = cfg, result
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        name = auto if cfg.device == "auto" else cfg.device
+        try:
+            self.device = torch.zeros(1, device=name, dtype=torch.float64).device
+        except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
+            raise AsgaError(f"--device {name} does not work ({one_line(error)}): use cpu") from None
+        Fused.on, vision = cfg.compile, ":" not in cfg.arch and cfg.arch != "resnet20"
+        self.classes, train, self.val = load_data(cfg.data, cfg.data_root, cfg.classes)
+        self.train = train.subset(stratified(train.labels, cfg.images))
+        self.resolution = cfg.resolution or (64 if vision else self.val.size or 64)
+        cost_resolution = cfg.cost_resolution or (224 if vision else self.resolution)
+        self.train.size = self.val.size = min(self.val.size or self.resolution, self.resolution)
         torch.manual_seed(cfg.seed)
-        self.model = place(build(cfg.arch, len(self.data.classes)), self.device)
-        check_network(self.model, cfg.arch, len(self.data.classes), self.resolution, self.device,
-                      batch=min(cfg.batch_size, len(self.train), 2))
-        self.cost_resolution = getattr(cfg, "cost_resolution", self.resolution) or (
-            224 if is_torchvision(cfg.arch) else self.resolution)
-        self.example = check_network(self.model, cfg.arch, len(self.data.classes), self.cost_resolution, self.device)
-        self.fresh_head = bool(cfg.weights) and load_weights(self.model, cfg.arch, cfg.weights, self.data.classes)
+        self.model = build(cfg.arch, len(self.classes)).to(self.device, memory_format=torch.channels_last)
+        for resolution in (self.resolution, cost_resolution):
+            self.example = check_network(self.model, cfg.arch, len(self.classes), resolution, self.device)
+        self.untrained = not cfg.weights or load_weights(self.model, cfg.arch, cfg.weights, self.classes)
 
-    def start(self, result):
+    def start(self):
         """Make --out and its config.json."""
         cfg = self.cfg
-        label = f"{Path(cfg.arch).name.partition(':')[2] or cfg.arch}-{Path(cfg.data).name}"
-        self.data.val.load(self.device)                          # a broken image shows now, not when all is done
+        self.val.load(self.device)  # a broken image shows now
+        label = f"{cfg.arch.rpartition(':')[2]}-{Path(cfg.data).name}"
         cfg.out = cfg.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}"
-        self.run = Run(cfg.out, self.name, cfg, result)
+        settings = {key: value for key, value in vars(cfg).items() if key not in ("function", "out")}
+        self.run = Run(cfg.out, settings, self.result)
 
-    def command(self, *words):
-        """The line to type next, with the data flags of this run where `words` end with --data."""
-        cfg = self.cfg
-        if words[-1] == "--data":
-            words += (cfg.data, *(["--data-root", cfg.data_root] if cfg.data_root != "data" else []),
-                      *(["--classes", cfg.classes] if cfg.classes else []))
-        return shlex.join(["python", "asga.py", *map(str, words)])
-
-    def stream(self):
-        return training_stream(self.train, self.cfg.batch_size, self.device, self.resolution, self.cfg.seed, self.style)
+    def stream(self, start):
+        """Training batches from step `start` on."""
+        cfg, style = self.cfg, self.cfg.augment
+        if style == "auto":
+            style = "crop" if cfg.data == "digits" else "flip"
+        return self.train.stream(start, cfg.batch_size, self.device, self.resolution, cfg.seed, style)
 
     def inputs(self, count):
-        """The images of the first `count` batches."""
-        return (x for x, _ in itertools.islice(self.stream()(0), count))
+        """The images of the first batches."""
+        return (x for x, _ in itertools.islice(self.stream(0), count))
 
-    def steps(self, epochs):
-        return epochs * max(1, len(self.train) // self.cfg.batch_size)
+    def evaluate(self, net, new_statistics=False):
+        """Metrics on val; new_statistics: BatchNorm's anew, as rounding shifts what they see (our choice)."""
+        if new_statistics:
+            torch.optim.swa_utils.update_bn(self.inputs(16), net)
+        return evaluate(net, self.val, self.resolution, self.device)
 
-    def evaluate(self, model):
-        return evaluate(model, self.data.val, self.resolution, self.device)
-
-    def tune(self, model, phase, epochs, lr, weight_decay, warmup):
-        """SGD with momentum and a cosine schedule; seconds that it took. Also the full-precision training."""
-        total = self.steps(epochs)
-        groups = parameter_groups(model, lr, weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-        guard, prepared = StepGuard(model), Prepared(model)
+    def tune(self, model, phase, epochs, lr, weight_decay, warmup=0.0):
+        """Train by SGD; the seconds it took."""
+        total = epochs * max(1, len(self.train) // self.cfg.batch_size)
+        optimizer = torch.optim.SGD(parameter_groups(model, lr, weight_decay), momentum=0.9, nesterov=True)
 
         def step(x, y, done):
             model.train()
-            cosine(optimizer, done, total)
-            for group in optimizer.param_groups:
-                group["lr"] *= min(1, (done + 1) / (warmup * total + 1))
-            optimizer.zero_grad()
-            with prepared:
-                loss = forward_loss(model, x, y, F.cross_entropy, self.cfg.precision)
-                loss.backward()
-            with guard:
+            cosine(optimizer, done, total, warmup)
+            loss = backward(model, x, y, F.cross_entropy, self.cfg.precision)
+            with step_guard(model):
                 optimizer.step()
             return {"loss": loss.detach()}
 
-        return self.run.loop(phase, total, self.stream(), step, {"model": model, "optimizer": optimizer},
-                             lambda record: {"loss": f"{record['loss']:.4f}"})
+        return self.run.loop(phase, total, self.stream, step, {"model": model, "optimizer": optimizer})
 
     def full_precision(self):
-        """Full-precision weights of this very data set, kept in --out for the next run: trained where none were given, tuned
-        at a tenth of the rate where the given ones had another classifier. Returns the seconds."""
-        cfg, kept = self.cfg, self.run.out / "weights.pt"
-        if kept.exists():
-            load_weights(self.model, cfg.arch, kept)
-            return read_checkpoint(kept).get("seconds", 0.0)              # a file of the user's own has none
-        if cfg.weights and not self.fresh_head:
+        """Train the network first, where --weights does not fit these classes; the seconds it took."""
+        if not self.untrained:
             return 0.0
-        say(f"{'the classifier is fresh: tuning' if cfg.weights else 'no --weights: training'} {cfg.arch} in full precision on "
-            f"{self.data.name} first")
+        cfg = self.cfg
+        say(f"no --weights for these classes: training {cfg.arch} on {cfg.data} first")
         torch.manual_seed(cfg.seed)
-        seconds = self.tune(self.model, "weights", cfg.fp_epochs, cfg.fp_lr / (10 if cfg.weights else 1), 5e-4, warmup=0.1)
-        self.save(kept, self.model, seconds=round(seconds, 3))
-        self.run.finish("weights")
-        say(f"full-precision weights: {seconds:.0f} s, kept in {kept} for --weights")
+        lr = cfg.fp_lr / 10 if cfg.weights else cfg.fp_lr
+        seconds = self.tune(self.model, "weights", cfg.fp_epochs, lr, 5e-4, warmup=0.1)
+        self.save("weights.pt", self.model, seconds=seconds)
         return seconds
 
-    def save(self, path, model, policy=None, form="asga-model", **more):
-        """A checkpoint that eval and --weights read."""
-        state = {**more, "format": form, "arch": self.cfg.arch, "classes": list(self.data.classes),
-                 "resolution": self.resolution, "state": model.state_dict(), "policy": policy and policy.to_json()}
-        write_atomic(path, lambda part: torch.save(state, part))
+    def save(self, name, model, policy=None, form="asga-model", **more):
+        """A checkpoint for eval and --weights."""
+        more.update(format=form, arch=self.cfg.arch, classes=self.classes, resolution=self.resolution)
+        more.update(state=model.state_dict(), policy=policy and policy.to_json())
+        write_atomic(self.run.out / name, packed(more))
 
-
-def table(rows, header):
-    """Columns aligned; the first to the left, the others to the right."""
-    rows = [header, *[[str(cell) for cell in row] for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-                     for row in rows)
-
-
-def show_policy(policy, budget):
-    """The table of layers, and what the policy costs."""
-    print(table([(name, human(policy.sizes[name].macs), w, a) for name, (w, a) in policy.layers.items()],
-                ("layer", "MACs", "w bits", "a bits")))
-    uniform = budget.uniform()
-    reference, mean = uniform[:, ~budget.kept].mean(1).tolist(), (uniform * budget.sizes[0]).sum(1) / budget.sizes[0].sum()
-    w, a = policy.mean_bits
-    limits = ", ".join(f"{human(v)} BOPs" if k == "bops" else f"{human(v / 8)}B" for k, v in budget.limits.items())
-    spent = budget.spent(torch.tensor(list(policy.layers.values()), device=budget.lo.device).t()).item()
-    print(f"cost               {human(policy.bops)} BOPs (Σ MACs·w·a), {human(policy.weight_bits / 8)}B of weights")
-    print(f"budget             {budget.spec} = {limits}; {100 * spent:.2f} % spent")
-    print(f"mean bits          w {w:.2f}, a {a:.2f} (weighted by MACs, first and last layer included)")
-    print("uniform reference  " + "/".join("fixed" if math.isnan(b) else f"{b:.2f}" for b in reference)
-          + " bits (w/a) in the searched layers, mean w {:.2f}, a {:.2f}".format(*mean.tolist()))
-
+    def finish(self, metrics, *words):
+        """The last file, what was measured, and what to type next."""
+        write_json(self.run.out / "metrics.json", metrics)
+        for checkpoint in self.run.out.glob("*.ckpt"):
+            checkpoint.unlink()
+        for name, values in metrics.items():
+            if isinstance(values, dict):
+                print(f"accuracy  {values['accuracy']:.2f} %, cross-entropy {values['loss']:.4f}: {name}")
+        print(f"time      {metrics['seconds']:.1f} s, first training {metrics.get('fp_seconds', 0):.1f} s")
+        print(f"next      {shlex.join(['python', 'asga.py', *map(str, words)])}")
 
 def cmd_search(cfg):
-    """Search a policy on the proxy set."""
+    """search a policy on the proxy set"""
+    settings = SearchSettings(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(SearchSettings)})
+    vars(cfg).update(vars(settings))  # recorded is what runs
     if not cfg.data:
-        cfg.data = "cifar10"
-        if not cifar10_reachable(cfg.data_root):
-            cfg.data = "digits"
-            say(f"cifar10 is not in {cfg.data_root} and its server does not answer: falling back to digits (--data DIR)")
+        cfg.data = "cifar10" if (Path(cfg.data_root) / "cifar-10-batches-py").is_dir() else "digits"
+        say(f"no --data: taking {cfg.data}; --data cifar10 downloads into {cfg.data_root}")
     if cfg.random_weights and cfg.weights:
-        raise AsgaError(f"--random-weights with --weights {cfg.weights}: give one of them")
-    job = Job(cfg, "search")
-    budget, kept = plan(job.model, job.example, cfg.budget, cfg)
-    job.start("policy.json")
-    if cfg.random_weights:
-        say("warning: searching from random weights; a policy found so is rarely worth carrying over")
-        fp_seconds = 0.0
-    else:
-        fp_seconds = job.full_precision()
+        raise AsgaError("--random-weights and --weights: give one of them")
+    job = Job(cfg, "policy.json")
+    budget, kept = plan(job.model, job.example, cfg.budget, settings)
+    job.start()
+    untrained = cfg.random_weights or cfg.method == "uniform" and not cfg.weights
+    fp_seconds = 0.0 if untrained else job.full_precision()
     torch.manual_seed(cfg.seed)
     began = time.monotonic()
-    run = Search(job.model, budget, kept, cfg, job.inputs(4))
-    seconds = time.monotonic() - began
-    if cfg.steps:
-        seconds += job.run.loop("search", cfg.steps, job.stream(),
-                                lambda x, y, done: run.step(x, y, F.cross_entropy, done), {"search": run},
-                                lambda r: {"loss": f"{r['loss']:.4f}", "cost": f"{human(r['expected_cost'])}BOPs"})
-    policy = run.policy(
-        arch=cfg.arch, versions=versions(),
-        proxy={"data": job.data.name, "classes": len(job.data.classes), "images": len(job.train),
-               "resolution": job.resolution},
-        search={"method": cfg.method, "seed": cfg.seed, "seconds": round(seconds, 3), "device": describe(job.device),
-                "settings": dataclasses.asdict(cfg)})
-    untuned = attach_quantizers(run.net, policy.choices)
-    for net in (run.net, untuned):
-        update_statistics(net, job.inputs(16))
-    metrics = {"full_precision": job.evaluate(job.model), "supernet": job.evaluate(run.net),
-               "policy": job.evaluate(untuned), "policy_bops": policy.bops,
-               "fp_seconds": round(fp_seconds, 3), "seconds": round(seconds, 3)}
-    out = job.run.out
-    job.save(out / "supernet.pt", run.net, form="asga-supernet")
-    write_json(out / "metrics.json", metrics)
-    policy.save(out / "policy.json")
-    job.run.finish("search")
-    show_policy(policy, budget)
-    print(f"accuracy           {metrics['full_precision']['accuracy']:.2f} % full precision, "
-          f"{metrics['supernet']['accuracy']:.2f} % supernet, "
-          f"{metrics['policy']['accuracy']:.2f} % the policy, taken from it without tuning ({job.data.name}, val)")
-    print(f"search time        {seconds:.1f} s ({cfg.steps} steps; full-precision training {fp_seconds:.1f} s apart)")
-    print(f"peak memory        {peak_memory(job.device)}")
-    print(f"next               {job.command('transfer', out / 'policy.json')} --data DIR")
-
+    run = Search(job.model, budget, kept, settings, job.inputs(4))
+    seconds, objects = time.monotonic() - began, {"net": run.net, "optimizer": run.optimizer}
+    seconds += job.run.loop("search", settings.steps, job.stream, run.step, objects)
+    about = dict(method=cfg.method, seed=cfg.seed, seconds=round(seconds, 3), device=describe(job.device))
+    about["settings"] = job.run.settings
+    proxy = dict(data=cfg.data, classes=len(job.classes), images=len(job.train), resolution=job.resolution)
+    policy = run.policy(arch=cfg.arch, proxy=proxy, search=about)
+    metrics = {"fp_seconds": fp_seconds, "seconds": about["seconds"], "policy_bops": policy.bops}
+    if settings.steps or not untrained:  # else nothing was trained
+        metrics["full_precision"] = job.evaluate(job.model)
+        metrics["supernet"] = job.evaluate(run.net, new_statistics=True)
+        metrics["policy"] = job.evaluate(attach_quantizers(run.net, policy.layers), new_statistics=True)
+        job.save("supernet.pt", run.net, form="asga-supernet")
+    policy.save(job.run.out / "policy.json")
+    print(" w bits  a bits    MACs  layer")
+    for name, (w, a) in policy.layers.items():
+        print(f"{w:7} {a:7} {human(policy.sizes[name].macs):>7}  {name}")
+    spent = budget.spent(torch.tensor(list(policy.layers.values())).t().to(budget.lo))
+    print(f"cost      {human(policy.bops)} BOPs, {human(policy.weight_bits / 8)}B of weights")
+    print(f"budget    {cfg.budget}, {100 * spent:.2f} % spent")
+    print("mean      w {:.2f}, a {:.2f}, weighted by MACs".format(*policy.mean_bits))
+    job.finish(metrics, "transfer", job.run.out / "policy.json", "--data", "DIR")
 
 def cmd_transfer(cfg):
-    """Carry a policy to the target set: quantize, calibrate, tune weights and steps, never the bits."""
+    """tune a network with a policy's bits on the target set"""
     policy = Policy.load(cfg.policy)
-    cfg.arch = cfg.arch or policy.info.get("arch", "")
-    if not cfg.arch:
-        raise AsgaError(f"{cfg.policy} names no network: give --arch")
-    if not cfg.data:
-        raise AsgaError("transfer needs --data: the target set, cifar10, digits, or a folder")
-    job = Job(cfg, "transfer")
-    searched, policy = policy.bops, policy.measure(job.model, job.example)
-    job.start("metrics.json")
-    fp_seconds = job.full_precision()
+    cfg.arch = cfg.arch or policy.info["arch"]
+    job = Job(cfg, "metrics.json")
+    policy = policy.measure(job.model, job.example)
+    job.start()
+    metrics = {"policy_bops": policy.bops, "fp_seconds": job.full_precision()}
     torch.manual_seed(cfg.seed)
     began = time.monotonic()
-    net = attach_quantizers(job.model, policy.choices)
+    net = attach_quantizers(job.model, policy.layers)
     calibrate(net, job.inputs(4))
-    update_statistics(net, job.inputs(16))
-    set_training(net, cfg.recompute)
-    metrics = {"full_precision": job.evaluate(job.model), "quantized": job.evaluate(net)}
-    seconds = time.monotonic() - began + job.tune(net, "transfer", cfg.epochs, cfg.lr, cfg.weight_decay, warmup=0.0)
-    metrics.update(tuned=job.evaluate(net), policy_bops=policy.bops, fp_seconds=round(fp_seconds, 3),
-                   seconds=round(seconds, 3))
-    out = job.run.out
-    job.save(out / "model.pt", net, policy)
-    write_json(out / "metrics.json", metrics)
-    job.run.finish("transfer")
-    rows = [(label, f"{metrics[key]['accuracy']:.2f} %", f"{metrics[key]['loss']:.4f}") for label, key in
-            (("full precision", "full_precision"), ("quantized", "quantized"), ("tuned", "tuned"))]
-    print(table(rows, (f"{cfg.arch} on {job.data.name} (val)", "accuracy", "cross-entropy")))
-    w, a = policy.mean_bits
-    print(f"cost  {human(policy.bops)} BOPs at {job.cost_resolution} px (the search's network: {human(searched)}), "
-          f"{human(policy.weight_bits / 8)}B of weights, mean bits w {w:.2f} a {a:.2f}")
-    print(f"time  {seconds:.1f} s (full-precision training {fp_seconds:.1f} s apart); peak memory {peak_memory(job.device)}")
-    print(f"next  {job.command('eval', out / 'model.pt', '--data')}")
-
+    quantized_layers(net)[next(iter(policy.layers))].input_quantizer.steps.requires_grad_(False)
+    metrics["full_precision"] = job.evaluate(job.model)
+    metrics["quantized"] = job.evaluate(net, new_statistics=True)
+    seconds = time.monotonic() - began + job.tune(net, "transfer", cfg.epochs, cfg.lr, cfg.weight_decay)
+    metrics.update(tuned=job.evaluate(net), seconds=round(seconds, 3))
+    job.save("model.pt", net, policy)
+    job.finish(metrics, "eval", job.run.out / "model.pt", "--data", cfg.data)
 
 def cmd_train(cfg):
-    """Train full-precision weights, where a user has none."""
+    """train full-precision weights"""
     cfg.data = cfg.data or "cifar10"
-    job = Job(cfg, "train")
-    job.start("metrics.json")
+    job = Job(cfg, "metrics.json")
+    job.start()
     seconds = job.tune(job.model, "train", cfg.epochs, cfg.lr, 5e-4, warmup=0.1)
-    metrics = {"full_precision": job.evaluate(job.model), "seconds": round(seconds, 3)}
-    job.save(job.run.out / "model.pt", job.model)
-    write_json(job.run.out / "metrics.json", metrics)
-    job.run.finish("train")
-    print(f"accuracy  {metrics['full_precision']['accuracy']:.2f} % ({job.data.name}, val), {seconds:.1f} s")
-    size = ["--resolution", cfg.resolution] if cfg.resolution else []
-    print(f"next      {job.command('search', '--arch', cfg.arch, *size, '--weights', job.run.out / 'model.pt', '--data')}")
-
+    job.save("model.pt", job.model)
+    metrics = {"full_precision": job.evaluate(job.model), "seconds": seconds}
+    job.finish(metrics, "search", "--arch", cfg.arch, "--weights", job.run.out / "model.pt")
 
 def cmd_eval(cfg):
-    """Accuracy of a model.pt."""
+    """accuracy of a model.pt"""
     state = read_checkpoint(cfg.model)
     if state.get("format") != "asga-model":
-        raise AsgaError(f"{cfg.model} is no checkpoint of asga.py: eval takes the model.pt of train or transfer")
-    if not cfg.data:
-        raise AsgaError("eval needs --data: cifar10, digits, or a folder")
-    Fused.on, device = cfg.compile, pick_device(cfg.device)
-    data = load_data(cfg.data, cfg.data_root, cfg.classes)
-    if list(data.classes) != state["classes"]:
-        raise AsgaError(f"{cfg.model} knows the classes {', '.join(state['classes'])[:80]}; --data {cfg.data} "
-                        f"{cfg.classes and '--classes ' + cfg.classes} has {', '.join(data.classes)[:80]}")
-    model = place(build(state["arch"], len(data.classes)), device)
+        raise AsgaError(f"{cfg.model} is no model.pt of train or transfer")
+    cfg.arch, cfg.resolution, cfg.cost_resolution = state["arch"], state["resolution"], state["resolution"]
+    cfg.weights, cfg.images, cfg.seed = "", 1.0, 0
+    job = Job(cfg, "")
+    if job.classes != state["classes"]:
+        raise AsgaError(f"{cfg.model} knows other classes: give its own --data and --classes")
+    net = job.model
     try:
         if state["policy"]:
-            model = attach_quantizers(model, Policy.from_json(state["policy"], cfg.model).choices)
-        model.load_state_dict(state["state"])
-    except (KeyError, RuntimeError) as error:                                    # KeyError: no such layer any more
-        raise AsgaError(f"{cfg.model} does not fit {state['arch']} as it is now: {str(error).splitlines()[-1].strip()}")
-    data.val.size = min(data.size or state["resolution"], state["resolution"])
-    metrics = evaluate(model, data.val, state["resolution"], device)
-    print(f"accuracy {metrics['accuracy']:.2f} %  cross-entropy {metrics['loss']:.4f}  ({len(data.val)} images of {data.name}, "
-          f"val, {state['resolution']} px, {'quantized' if state['policy'] else 'full precision'})")
-
-
-COMMANDS = {"search": (cmd_search, SearchConfig), "transfer": (cmd_transfer, TransferConfig),
-            "train": (cmd_train, TrainConfig), "eval": (cmd_eval, EvalConfig)}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-    def error(self, message):
-        self.exit(2, f"asga: error: {message} ({self.prog} --help lists all)\n")
-
+            net = attach_quantizers(net, Policy.from_json(state["policy"], cfg.model).layers)
+        net.load_state_dict(state["state"])
+    except (KeyError, RuntimeError) as error:
+        raise AsgaError(f"{cfg.model} does not fit {cfg.arch}: {one_line(error)}") from None
+    print("accuracy  {accuracy:.2f} %, cross-entropy {loss:.4f}".format(**job.evaluate(net)))
 
 def parse(argv):
-    """(command function, its filled-in config)."""
-    parser = Parser("python asga.py", description="Mixed-precision quantization policies by ASGA.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    """The flags of a command line, and `function`, its command."""
+    top = argparse.ArgumentParser("python asga.py", argparse.SUPPRESS, "Quantization policies by ASGA.")
+    commands = top.add_subparsers(prog=top.prog, required=True)
+    for function in (cmd_search, cmd_transfer, cmd_train, cmd_eval):
+        sub = commands.add_parser(function.__name__[4:], usage=argparse.SUPPRESS, help=function.__doc__,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        sub.set_defaults(function=function)
+    commands.choices["transfer"].add_argument("policy", help="policy.json of a search")
+    commands.choices["eval"].add_argument("model", help="model.pt of train or transfer")
 
-    def whole(text):
-        try:
-            return check_bits([int(part) for part in text.split(",")])
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of bitwidths like 2,3,4 ({error})")
+    def bitwidths(text):
+        return tuple(int(part) for part in text.split(","))
 
-    for name, (function, config) in COMMANDS.items():
-        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
-        for field in dataclasses.fields(config):
-            default = ",".join(map(str, field.default)) if field.type is tuple else field.default
-            more = {"help": field.metadata["help"] + (f" (default: {default})" if default not in ("", 0) else ""),
-                    "default": default}
-            if field.metadata.get("positional"):
-                sub.add_argument(field.name, help=more["help"])
-                continue
-            if field.type is bool:
-                more["action"] = argparse.BooleanOptionalAction
-            elif field.type is tuple:
-                more.update(type=whole, metavar="2,3,…")
-            else:
-                more.update(type=field.type, choices=field.metadata.get("choices"))
-                if not more["choices"]:
-                    more["metavar"] = field.type.__name__.upper()
-            sub.add_argument("--" + field.name.replace("_", "-"), **more)
-    values = vars(parser.parse_args(argv))
-    function, config = COMMANDS[values.pop("command")]
-    return function, config(**values)
+    def add(users, help, choices=None, **flags):
+        for user, (name, default) in itertools.product(users.split(), flags.items()):
+            kind = {"type": bitwidths if isinstance(default, tuple) else type(default), "choices": choices}
+            if isinstance(default, bool):
+                kind = {"action": argparse.BooleanOptionalAction}
+            flag = "--" + name.replace("_", "-")
+            commands.choices[user].add_argument(flag, default=default, help=help, **kind)
 
+    fit = "search transfer train"
+    add(fit + " eval", "cifar10, digits, or a folder with train/CLASS/* and val/CLASS/*", data="")
+    add(fit + " eval", "folder of cifar10", data_root="data")
+    add(fit + " eval", "only these classes, like 0-4,7", classes="")
+    add(fit + " eval", "cpu, cuda, cuda:1", device="auto")
+    add(fit + " eval", "compile the quantizers", compile=True)
+    add(fit, "resnet20, a torchvision model, or file.py:function", arch="")
+    add(fit, "full-precision ones: a file, or imagenet", weights="")
+    add(fit, "0: the images' own; torchvision models: 64, MACs at 224", resolution=0, cost_resolution=0)
+    add(fit, "share of the training images", images=1.0)
+    add(fit, "auto: flip, digits crop", ["auto", "flip", "crop", "none"], augment="auto")
+    add(fit, "of the training", batch_size=128, seed=0)
+    add(fit, "folder for the results", out="")
+    add("search transfer", "of a first training without fitting --weights", fp_epochs=20, fp_lr=0.1)
+    add("transfer train", "bf16: under autocast", ["float32", "bf16"], precision="float32")
+    add("transfer", "of the tuning", epochs=5, lr=0.01, weight_decay=1e-4)
+    add("train", "of the training", epochs=20, lr=0.1)
+    add("search", BUDGET_HELP + "; a comma joins two", budget="3bit")
+    add("search", "search from random weights", random_weights=False)
+    for field in dataclasses.fields(SearchSettings):
+        add("search", field.metadata["help"], field.metadata["choices"], **{field.name: field.default})
+    cfg = top.parse_args(argv)
+    for name, value in vars(cfg).items():
+        least = {"images": 1e-9, "batch_size": 1, "epochs": 1, "fp_epochs": 1}.get(name, 0)
+        most = 1 if name == "images" else 2 ** 32
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            top.error(f"{name} {value} is not from {least} to {most}")
+    return cfg
 
 def main(argv=None):
-    """The command line; returns the exit code."""
+    """Run a command line; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    cfg = None
+    cfg = parse(argv)
+    socket.setdefaulttimeout(10)  # a download without a network could hang
     try:
-        function, cfg = parse(argv)
-        function(cfg)
+        cfg.function(cfg)
+        return 0
     except AsgaError as error:
         say(f"error: {error}")
-        return 2
-    except OSError as error:                                   # a folder that may not be looked into, a name that is too long
-        if error.filename is None:
+    except OSError as error:  # a folder that may not be written to, a full disk
+        say(f"error: {one_line(error)}: make room, or give another path")
+    except (RuntimeError, MemoryError) as error:  # of CUDA, of the CPU
+        if not re.search("MemoryError|CPUAllocator", repr(error)):
             raise
-        say(f"error: {error.filename} cannot be used ({error.strerror}): give another path")
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and "can't allocate memory" not in str(error):                                       # torch's on a CPU
-            raise
-        remedy = "lower --batch-size or --resolution" if hasattr(cfg, "batch_size") else "give --device cpu"
-        say(f"error: out of memory ({str(error).partition(chr(10))[0] or 'MemoryError'}): {remedy}")
-        return 2
-    except (Stopped, KeyboardInterrupt) as stop:
-        out = getattr(cfg, "out", "")
-        where = [] if "--out" in argv or not out else ["--out", out]
-        where += [] if "--data" in argv or not getattr(cfg, "data", "") else ["--data", cfg.data]
+        say(f"error: out of memory ({one_line(error)}): lower --batch-size or --resolution")
+    except KeyboardInterrupt as stop:
+        where = [] if "--out" in argv or not getattr(cfg, "out", "") else ["--out", cfg.out]
         say(f"{str(stop) or 'stopped'}; go on with: python asga.py {shlex.join([*argv, *where])}")
         return 130
-    return 0
-
+    return 2
 
 if __name__ == "__main__":
     sys.exit(main())

