@@ -764,7 +764,7 @@ def test_rates_momentum_and_decay_of_each_parameter_guarded_steps_and_the_image_
     steps = [(p, name) for p, name in names.items() if name.endswith("steps")]
     ratio = torch.cat([p.detach() / before[name] for p, name in steps])
     assert ratio.min() == 0.5 and ratio.max() <= 2  # guarded: without, this rate carries steps across zero
-    assert record["bits"][:, run.budget.names.index("again")].tolist() == pytest.approx(betas, abs=6e-4)  # weights first
+    assert record["bits"][:, run.budget.names.index("again")].tolist() == pytest.approx(betas, abs=6e-4)
 
 def test_whole_bits_are_the_best_of_all_policies_that_spend_the_budget():
     candidates, x = (2, 3, 4, 6, 8), torch.randn(4, 3, 8, 8)
