@@ -309,7 +309,7 @@ def quantize(model, bits_or_policy, example_inputs, *, keep=8):
 @contextlib.contextmanager
 def step_guard(model):
     """`with step_guard(model): optimizer.step()`: no quantizer step more than halves or doubles in an update.
-    It is a scale: across zero it would silence its layer. `as clamp`: clamp() does so at once, in closures."""
+    A scale below zero would silence its layer. `as clamp`: clamp() does so at once, in a closure."""
     steps = [q.steps.data for q in quantizers_of(model)]
     before = [s.clone() for s in steps]
 
