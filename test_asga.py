@@ -263,6 +263,19 @@ def test_what_is_quantized_is_what_the_convolution_multiplies():
     padded = rounded(F.pad(x, (0, 1, 0, 1)), net[0].input_quantizer, 3)
     torch.testing.assert_close(net(x), F.conv2d(padded, weight, conv.bias))
 
+class Adapted(nn.Linear):
+    """Adds a product with a vector."""
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(x, self.weight[:1].detach())
+
+def test_products_with_weights_of_another_shape_stay_in_full_precision():
+    layer, x = Adapted(6, 4), torch.randn(5, 6)
+    net = quantize(nn.Sequential(layer), 3, x, keep=None)
+    weight = rounded(layer.weight, net[0].weight_quantizer, 3)
+    expected = F.linear(rounded(x, net[0].input_quantizer, 3), weight, layer.bias)
+    torch.testing.assert_close(net(x), expected + F.linear(x, layer.weight[:1]))
+
 def test_which_layers_get_which_bits_signs_and_steps():
     model, x = Handmade(), torch.randn(4, 3, 24, 24)
     model.head.weight.data.abs_()  # weights are signed, whatever they are
@@ -471,7 +484,7 @@ def test_knapsack_whose_fill_few_of_two_million_choices_meet_or_that_dislikes_wh
 
 def closure_of(optimizer, loss):
     def closure():
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # in place: a gradient that is kept must not share this memory
         value = loss()
         value.backward()
         return value
@@ -529,12 +542,14 @@ def test_switched_off_it_is_the_base_optimizer_and_half_off_sam_bit_for_bit(name
     assert alike(plain, trained(False, lambda p: make(p, base, **SAM, **more), ASGA.step))
 
 @pytest.mark.parametrize("project,adaptive,rho,alpha", [
-    (True, True, 0.25, 0.05), (False, False, 0.125, 0.0), (True, False, 4.0, 0.01), (True, True, 0.5, 0.5)])
+    (True, True, 0.25, 0.05), (False, False, 0.125, 0.0), (True, False, 4.0, 0.01), (True, True, 0.5, 0.5),
+    (True, True, 0.0, 0.05)])
 def test_two_steps_on_a_quadratic_equal_the_closed_form(project, adaptive, rho, alpha):
     """L = ½ θᵀAθ + bᵀθ in float64, A symmetric positive definite."""
     m, (b, t) = torch.randn(6, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     A, theta, radius, seen = m @ m.T / 6 + 0.1 * torch.eye(6), nn.Parameter(t.clone()), rho, []
-    optimizer = make([theta], rho_min=0.01, rho_max=rho, alpha=alpha, project=project, adaptive=adaptive)
+    low = min(0.01, rho)
+    optimizer = make([theta], rho_min=low, rho_max=rho, alpha=alpha, project=project, adaptive=adaptive)
 
     def L(v):
         seen.append(v.detach().clone())
@@ -556,7 +571,7 @@ def test_two_steps_on_a_quadratic_equal_the_closed_form(project, adaptive, rho, 
         t = t - 0.1 * (g + gp) / 2
         torch.testing.assert_close(ascended, ascent, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(theta.detach(), t, rtol=1e-12, atol=1e-14)
-        expected = min(max(math.log(1 + max(h, 0)), 0.01), rho) if adaptive else rho
+        expected = min(max(math.log(1 + max(h, 0)), low), rho) if adaptive else rho
         radius = optimizer.rho.item()  # kept in float32
         assert radius == pytest.approx(expected, rel=1e-6)
 
@@ -749,6 +764,7 @@ def test_each_method_is_the_optimizer_that_its_name_says(method, capsys):
         record = run.step(*toy_batches()[0], done)
         norms.append(record["grad_norm"].item())
     assert calls == [True] * (2 if method == "joint" else 4)
+    assert run.net.bn.num_batches_tracked == 2  # statistics move once a step
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)  # gradients are cleared
     distance = (run.bits()[:, 1:-1, None] - torch.tensor(asga.CANDIDATES)).abs().amin(-1).mean()
     assert record["beta_distance"].item() == pytest.approx(distance.item(), abs=1e-5)
@@ -1154,6 +1170,9 @@ def test_what_a_step_sees_depends_on_seed_and_step_alone():
     assert all(len(set(epoch)) == 20 for epoch in epochs) and epochs[0] != epochs[1]
     assert not torch.equal(read(8)[0][1], whole[0][1])                           # another seed, another order
     assert [len(y) for _, y in read(7, batch=64, count=3)] == [22] * 3           # fewer images than a batch
+    one = asga.ImageSet(part.images[:1], [0], 16)
+    crops = [x for x, _ in itertools.islice(one.stream(0, 1, CPU, 16, 7, "crop"), 9)]
+    assert not all(torch.equal(x, crops[0]) for x in crops[1:])  # each step crops anew
     x, y = read(7, style="none")[0]
     assert torch.equal(x, asga.normalize(part.images[y], 16)) and not torch.equal(x, whole[0][0])
 
@@ -1291,11 +1310,13 @@ def test_a_killed_search_goes_on_from_its_checkpoint_bit_for_bit(finished, here,
     told = {"STOP_AT": str(14 + 2 * 7), "STOP_WITH": str(int(signal.SIGKILL)), "PYTHONPATH": str(HERE)}
     killed = subprocess.run([sys.executable, "-c", HURRIED, *SEARCH.split()], env={**os.environ, **told})
     assert killed.returncode == -signal.SIGKILL
-    done = torch.load("s/search.ckpt", weights_only=True)["step"]
+    state = torch.load("s/search.ckpt", weights_only=True)
+    done = state["step"]
     with open("s/log.jsonl", "a") as log:
         log.write('{"step": 6, "lo')                                     # killed amid a line
     assert 0 < done < 8 and asga.main(SEARCH.split()) == 0
     assert f"going on with search at step {done}" in capsys.readouterr().err
+    assert load_json("s/metrics.json")["seconds"] > state["seconds"] > 0  # of all parts
     assert contents(here / "s") == contents(finished / "s")
 
 def test_a_second_signal_ends_at_once_and_a_run_without_out_tells_its_folder(here, monkeypatch, capsys):
