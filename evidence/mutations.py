@@ -82,7 +82,9 @@ MUTATIONS = {
         "search: starts elsewhere than on the budget": ("self.write(budget.uniform())", "pass"),
         "search: no projection": ("self.write(self.budget.project(self.bits()))", "pass"),
         "search: statistics move in both passes": ("buffers=buffers, **chosen", "**chosen"),
-        "search: steps unguarded": ("with step_guard(self.net):", "if True:"),
+        "search: steps unguarded": (
+            "with step_guard(self.net) as clamp:", "with contextlib.nullcontext(lambda: None) as clamp:"),
+        "search: the perturbation unguarded": ("clamp()  # the perturbation", "pass  # the perturbation"),
         "search: the images' step is learned": ("images.steps.requires_grad_(len(images.bits) > 1)", "pass"),
         "policy: w and a exchanged": ("(i - w) ** 2 + (j - a) ** 2", "(i - a) ** 2 + (j - w) ** 2"),
     },
@@ -92,7 +94,7 @@ MUTATIONS = {
         "budget: ∇ log C by the bits themselves": ("bits.flip(0) / bops", "bits / bops"),
         "budget: a bound that is none pulls too": (
             "torch.where(self.limits < math.inf, self.cost(bits), math.inf)", "self.cost(bits)"),
-        "budget: the dearer side": ("return at(right)", "return at(left)"),
+        "budget: two rounds": ("for _ in range(7):", "for _ in range(2):"),
         "budget: unspent stays": ("met = (self.spent(bits) - 1).abs()", "met = (self.spent(bits) - 1)"),
         "budget: activations that cost nothing fall": ("self.lo[1] = self.hi[1]", "pass"),
         "knapsack: without the dearest": ("while found[0] < fill and", "while False and"),
