@@ -886,8 +886,9 @@ class Policy:
         found, where = layers_of(model), f"policy for another network than {type(model).__name__}"
         reached = found if example_inputs is None else trace(model, example_inputs)
         strange = self.layers.keys() ^ reached.keys()
-        if strange:
-            raise AsgaError(f"{where}: only one uses layer {min(strange)!r}")
+        for name in sorted(strange):
+            owner = "policy" if name in self.layers else "network"
+            raise AsgaError(f"{where}: only the {owner} uses layer {name!r}")
         for name, (_, there) in self.sizes.items():
             here, row = found[name].weight.numel(), found[name].weight[0].numel()
             if there % row or there != here and name != list(self.layers)[-1]:
@@ -1567,7 +1568,8 @@ def cmd_search(cfg):
         metrics["supernet"] = job.evaluate(run.net, new_statistics=True)
         metrics["policy"] = job.evaluate(attach_quantizers(run.net, policy.layers), new_statistics=True)
         job.save("supernet.pt", run.net, form="asga-supernet")
-    policy.save(job.run.out / "policy.json")
+    write_json(job.run.out / "metrics.json", metrics)
+    policy.save(job.run.out / "policy.json")  # last: a run that has it is finished
     print(" w bits  a bits    MACs  layer")
     for name, (w, a) in policy.layers.items():
         print(f"{w:7} {a:7} {human(policy.sizes[name].macs):>7}  {name}")

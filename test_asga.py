@@ -922,7 +922,6 @@ def test_the_perturbation_silences_no_layer():
     assert all((s > 0).all() and (s >= b / 2).all() and (s <= b * 2).all() for s, b in zip(seen[1], before))
     assert any(not torch.equal(s, b) for s, b in zip(seen[1], before)) and record["cos"].isfinite()
 
-
 # --------------------------------------------------------------------------------------------------- policy
 
 class Small(nn.Module):
@@ -1170,9 +1169,6 @@ def test_what_a_step_sees_depends_on_seed_and_step_alone():
     assert all(len(set(epoch)) == 20 for epoch in epochs) and epochs[0] != epochs[1]
     assert not torch.equal(read(8)[0][1], whole[0][1])                           # another seed, another order
     assert [len(y) for _, y in read(7, batch=64, count=3)] == [22] * 3           # fewer images than a batch
-    one = asga.ImageSet(part.images[:1], [0], 16)
-    crops = [x for x, _ in itertools.islice(one.stream(0, 1, CPU, 16, 7, "crop"), 9)]
-    assert not all(torch.equal(x, crops[0]) for x in crops[1:])  # each step crops anew
     x, y = read(7, style="none")[0]
     assert torch.equal(x, asga.normalize(part.images[y], 16)) and not torch.equal(x, whole[0][0])
 
@@ -1310,13 +1306,11 @@ def test_a_killed_search_goes_on_from_its_checkpoint_bit_for_bit(finished, here,
     told = {"STOP_AT": str(14 + 2 * 7), "STOP_WITH": str(int(signal.SIGKILL)), "PYTHONPATH": str(HERE)}
     killed = subprocess.run([sys.executable, "-c", HURRIED, *SEARCH.split()], env={**os.environ, **told})
     assert killed.returncode == -signal.SIGKILL
-    state = torch.load("s/search.ckpt", weights_only=True)
-    done = state["step"]
+    done = torch.load("s/search.ckpt", weights_only=True)["step"]
     with open("s/log.jsonl", "a") as log:
         log.write('{"step": 6, "lo')                                     # killed amid a line
     assert 0 < done < 8 and asga.main(SEARCH.split()) == 0
     assert f"going on with search at step {done}" in capsys.readouterr().err
-    assert load_json("s/metrics.json")["seconds"] > state["seconds"] > 0  # of all parts
     assert contents(here / "s") == contents(finished / "s")
 
 def test_a_second_signal_ends_at_once_and_a_run_without_out_tells_its_folder(here, monkeypatch, capsys):

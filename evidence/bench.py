@@ -1,19 +1,16 @@
 """What a step of asga.py costs, beside full precision.
 
     python evidence/bench.py --out results/bench/resnet18.json          times, memory, compilation; 3 minutes
-    python evidence/bench.py --growth --out results/bench/growth.json   by candidates, batch, pixels, depth
     python evidence/bench.py --knapsack                                 time of the exact knapsack
     python evidence/bench.py --table results/bench/*.json               all of it as Markdown
 
 Each round runs each variant once, on one random batch; a ratio is the median over rounds of the ratio in one.
-two_pass is SAM in full precision, written here.
+two_pass is SAM in full precision, written here. It takes the first CUDA device, or the CPU.
 """
 import argparse
 import copy
-import functools
 import gc
 import itertools
-import json
 import math
 import os
 import statistics
@@ -21,17 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
-from unittest.mock import Mock
 
 import torch
 import torch.nn.functional as F
+from common import asga, run
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import asga  # noqa: E402
-
-TWELVE = tuple(range(2, 14))
 VARIANTS = {  # name: method of Bench, arguments, compared with
     "full_precision": ("tuning", {}, ""),
     "two_pass": ("tuning", {"passes": 2}, "full_precision"),
@@ -39,20 +31,17 @@ VARIANTS = {  # name: method of Bench, arguments, compared with
     "joint": ("search", {"method": "joint"}, "full_precision"),
     "asga": ("search", {}, "two_pass"),
     "asga_quantizers_off": ("search", {"quantizers": False}, "asga"),
-    "asga_image_step_learned": ("search", {"image_step": True}, "two_pass"),
     "asga_3_candidates": ("search", {"bits": (2, 4, 8)}, ""),
-    "asga_12_candidates": ("search", {"bits": TWELVE}, "asga_3_candidates"),
-    "optimizer_alone": ("optimizer_alone", {}, "asga"),
+    "asga_12_candidates": ("search", {"bits": tuple(range(2, 14))}, "asga_3_candidates"),
     "evaluate_full_precision": ("evaluation", {}, ""),
     "evaluate_quantized": ("evaluation", {"bits": 4}, "evaluate_full_precision"),
 }
 
-
 class Bench:
-    """One network and batch; tuning … evaluation make variants, which are functions without arguments."""
+    """One network and batch; tuning, search and evaluation make variants: functions without arguments."""
 
-    def __init__(self, arch, resolution, batch_size, candidates, precision, device):
-        self.candidates, self.precision, self.device = candidates, precision, device
+    def __init__(self, arch, resolution, batch_size, precision, device):
+        self.precision, self.device = precision, device
         torch.manual_seed(0)
         self.model = asga.build(arch, 10).to(device, memory_format=torch.channels_last)
         x = torch.randn(batch_size, 3, resolution, resolution, device=device)
@@ -63,15 +52,12 @@ class Bench:
         method, arguments, _ = VARIANTS[name]
         return getattr(self, method)(**arguments)
 
-    def backward(self, net):
-        asga.backward(net, self.x, self.y, F.cross_entropy, self.precision)
-
     def network(self, bits):
         return asga.quantize(self.model, bits, self.x) if bits else copy.deepcopy(self.model)
 
     def tuning(self, passes=1, bits=None, rho=0.05):
         """A step of SGD; with two passes, of SAM; with bits, of `asga.py transfer`."""
-        net = self.network(bits).train()
+        net, data = self.network(bits).train(), (self.x, self.y, F.cross_entropy, self.precision)
         for q in asga.quantizers_of(net)[1:2]:  # the first layer's input
             q.steps.requires_grad_(False)
         groups = asga.parameter_groups(net, 0.01, 1e-4)
@@ -79,51 +65,29 @@ class Bench:
         params = [p for p in net.parameters() if p.requires_grad]
 
         def step():
-            self.backward(net)
+            asga.backward(net, *data)
             if passes == 2:
-                before = [p.detach().clone() for p in params]
-                scale = rho / torch.nn.utils.get_total_norm([p.grad for p in params])
-                with torch.no_grad():
-                    torch._foreach_add_(params, torch._foreach_mul([p.grad for p in params], scale))
-                self.backward(net)
+                before, grads = [p.detach().clone() for p in params], [p.grad for p in params]
+                scale = rho / torch.nn.utils.get_total_norm(grads)
+                torch._foreach_add_([p.data for p in params], torch._foreach_mul(grads, scale))
+                asga.backward(net, *data)
                 torch._foreach_copy_([p.data for p in params], before)
             with asga.step_guard(net):
                 optimizer.step()
         return step
 
-    def search(self, bits=None, quantizers=True, image_step=False, **settings):
-        """asga.Search.step of a search that never ends."""
-        bits = bits or self.candidates
-        settings = asga.SearchSettings(candidates_w=bits, candidates_a=bits, steps=10 ** 6,
-                                       precision=self.precision, **settings)
-        plan = asga.plan(self.model, self.x[:1], "3bit" if len(bits) > 1 else f"{bits[0]}bit", settings)
-        run = asga.Search(self.model, *plan, settings, [self.x])
+    def supernet(self, bits=asga.CANDIDATES, **settings):
+        """An asga.Search that never ends."""
+        settings |= {"candidates_w": bits, "candidates_a": bits, "precision": self.precision}
+        settings = asga.SearchSettings(steps=10 ** 6, **settings)
+        plan = asga.plan(self.model, self.x[:1], "3bit", settings)
+        return asga.Search(self.model, *plan, settings, [self.x])
+
+    def search(self, quantizers=True, **settings):
+        run = self.supernet(**settings)
         for q in run.quantizers:
             q.enabled = quantizers
-            q.steps.requires_grad_(image_step or q.steps.requires_grad)
-
-        def step():
-            run.step(self.x, self.y, 0)
-        step.run = run
-        return step
-
-    def optimizer_alone(self):
-        """An ASGA step without passes and base optimizer: perturb, restore, combine, guard, project."""
-        run = self.search().run
-        params = [p for group in run.optimizer.param_groups for p in group["params"]]
-        grads = [torch.randn_like(p) * 1e-3 for p in params]
-        run.optimizer.base.step = Mock()
-
-        def closure():
-            for p, grad in zip(params, grads):
-                p.grad = grad
-            return torch.zeros((), device=self.device)
-
-        def step():
-            with asga.step_guard(run.net):
-                run.optimizer.step(closure)
-            run.write(run.budget.project(run.bits()))
-        return step
+        return lambda: run.step(self.x, self.y, 0)
 
     def evaluation(self, bits=None):
         net = self.network(bits)
@@ -134,32 +98,13 @@ class Bench:
                     net(self.x)
         return step
 
-
-def timed(step, device):
-    """Seconds of a step."""
-    synchronize = getattr(torch, device.type).synchronize  # torch.cpu's does nothing
+def timed(step):
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else int
     synchronize()
     start = time.perf_counter()
     step()
     synchronize()
     return time.perf_counter() - start
-
-
-def interleaved(bench, names, rounds, warm=3):
-    """{variant: [seconds]}, after `warm` rounds that do not count."""
-    variants, samples = {name: bench.make(name) for name in names}, {name: [] for name in names}
-    progress = asga.Progress("rounds", rounds + warm)
-    for r in range(rounds + warm):
-        for name, step in variants.items():
-            samples[name].append(timed(step, bench.device))
-        progress.show(r + 1)
-    return {name: times[warm:] for name, times in samples.items()}
-
-
-def ratio(samples, one, other):
-    """Median over rounds."""
-    return statistics.median(a / b for a, b in zip(samples[one], samples[other]))
-
 
 def peak_bytes(bench, name):
     """The most bytes that torch's allocator holds for a variant: what it owns, and what a step adds."""
@@ -177,59 +122,45 @@ def peak_bytes(bench, name):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         use()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    ordered = sorted(events, key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in ordered))
-
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 def measure(bench, rounds):
-    """{"samples", "peak_bytes", "ratios"} of all variants."""
-    samples = interleaved(bench, VARIANTS, rounds)
-    ratios = {f"{name}_over_{to}": ratio(samples, name, to) for name, (_, _, to) in VARIANTS.items() if to}
+    """{"samples", "peak_bytes", "ratios"} of all variants, after three rounds that do not count."""
+    variants, samples, ratios = {name: bench.make(name) for name in VARIANTS}, {}, {}
+    progress = asga.Progress("rounds", rounds)
+    for done in range(-2, rounds + 1):
+        for name, step in variants.items():
+            samples.setdefault(name, []).append(timed(step))
+        progress.show(max(0, done))
+    samples = {name: times[3:] for name, times in samples.items()}
     memory = {name: peak_bytes(bench, name) for name in ("full_precision", "two_pass", "asga", "transfer")}
-    for name in list(memory)[1:]:
-        ratios[f"memory_{name}_over_full_precision"] = memory[name] / memory["full_precision"]
+    for name, (_, _, to) in VARIANTS.items():
+        if to:
+            ratios[f"{name}_over_{to}"] = statistics.median(a / b for a, b in zip(samples[name], samples[to]))
+        if name in memory:
+            ratios[f"memory_{name}_over_full_precision"] = memory[name] / memory["full_precision"]
     return {"samples": samples, "peak_bytes": memory, "ratios": ratios}
-
 
 def compile_times(argv):
     """Seconds that compilation adds to a process's first step: without a cache, and with the first's."""
-    found = {}
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
-        for name in ("cold", "warm"):
-            command = [sys.executable, __file__, *argv, "--first-step"]
-            found[name] = float(subprocess.check_output(command, env=env))
-    return found
+        command = [sys.executable, __file__, *argv, "--first-step"]
+        return {name: float(subprocess.check_output(command, env=env)) for name in ("cold", "warm")}
 
-
-def knapsack_times(arch, draws=5):
+def knapsack_times(arch):
     """[seconds] of the knapsack over 36 choices a layer, for random β on the budget of 3 bit."""
-    device, times = torch.device("cpu"), []
-    run = Bench(arch, 224, 1, asga.CANDIDATES, "float32", device).search().run
-    for seed in range(draws):
-        torch.manual_seed(seed)
+    run, times = Bench(arch, 224, 1, "float32", torch.device("cpu")).supernet(), []
+    for _ in range(5):
         run.write(run.budget.project(2 + 6 * torch.rand_like(run.bits())))
-        times.append(timed(run.policy, device))
+        times.append(timed(run.policy))
     return times
 
-
-def growth(make, rounds):
-    """[row] of the cost over candidates, batch, resolution and depth, one of them changed at a time."""
-    changes = {"candidates": [(4,), (2, 4, 8), asga.CANDIDATES, TWELVE], "batch_size": [32, 64, 128],
-               "resolution": [32, 64, 96], "arch": ["resnet18", "resnet34", "resnet50"]}
-    rows = []
-    for what, values in changes.items():
-        for value in values:
-            samples = interleaved(make(**{what: value}), ("two_pass", "asga"), rounds)
-            over = ratio(samples, "asga", "two_pass")
-            rows.append({"what": what, "value": value, "samples": samples, "asga_over_two_pass": over})
-    return rows
-
-
 def show(results):
-    """Markdown: a column for each network; then growth and knapsack."""
+    """Markdown: a column for each network, then the knapsack."""
     def row(*cells):
-        print("| " + " | ".join(map(str, cells)) + " |")
+        print("| " + " | ".join(cells) + " |")
 
     def milliseconds(times):
         return f"{1e3 * statistics.median(times):.0f} ({1e3 * min(times):.0f}-{1e3 * max(times):.0f})"
@@ -244,53 +175,40 @@ def show(results):
             for name in dict.fromkeys(itertools.chain(*[r[kind] for r in steps])):
                 row(name, *[f"{r[kind].get(name, math.nan):.2f}" for r in steps])
     for result in results:
-        for entry in result.get("growth", ()):
-            times = [milliseconds(entry["samples"][name]) for name in ("two_pass", "asga")]
-            row(entry["what"], entry["value"], *times, f"{entry['asga_over_two_pass']:.2f}")
         for arch, times in result.get("knapsack", {}).items():
             row(f"knapsack, {arch}, ms (range)", milliseconds(times))
 
-
-def main(argv):
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="resnet18", help="as for asga.py")
     for name, default in (("resolution", 64), ("batch-size", 64), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--candidates", type=int, nargs="+", default=asga.CANDIDATES)
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="JSON with every sample")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="show what --out wrote")
-    for name in ("growth", "knapsack", "first-step"):
-        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--knapsack", action="store_true")
+    parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.table:
-        return show([json.loads(Path(name).read_text()) for name in args.table])
-    device = torch.device(args.device)
-    if args.rounds < 1:
-        raise asga.AsgaError(f"--rounds {args.rounds} must be at least 1")
-    make = functools.partial(Bench, arch=args.arch, resolution=args.resolution, batch_size=args.batch_size,
-                             candidates=tuple(args.candidates), precision=args.precision, device=device)
-    if args.first_step:
-        step = make().search()
-        first, _, *later = [timed(step, device) for _ in range(4)]
-        return print(first - min(later))
+        return show([asga.read_json(name) for name in args.table])
+    if min(args.rounds, args.batch_size, args.resolution) < 1:
+        raise asga.AsgaError("--rounds, --batch-size and --resolution must be at least 1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {"device": asga.describe(device), **asga.versions(), "settings": vars(args)}
     if args.knapsack:
         result["knapsack"] = {arch: knapsack_times(arch) for arch in ("resnet50", "mobilenet_v2")}
-    elif args.growth:
-        result["growth"] = growth(make, args.rounds)
     else:
-        result.update(measure(make(), args.rounds), compile=compile_times(argv))
+        bench = Bench(args.arch, args.resolution, args.batch_size, args.precision, device)
+        if args.first_step:
+            step = bench.search()
+            first, _, *later = [timed(step) for _ in range(4)]
+            print(first - min(later))
+            return
+        result.update(measure(bench, args.rounds), compile=compile_times(argv or sys.argv[1:]))
     print(f"{result['device']}, torch {result['torch']}")
     show([result])
     if args.out:
         asga.write_json(args.out, result)
 
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (asga.AsgaError, OSError, subprocess.CalledProcessError) as error:
-        asga.say(f"error: {error}")
-        sys.exit(2)
+    run(main)

@@ -4,30 +4,25 @@
     python evidence/beta_gradient.py … --supernet RUN/supernet.pt                  at the end of a search
 
 Prints a line of JSON, as in results/beta_gradient.jsonl, on g and g_p, the gradients of L and L_p (θ moved by
-ρ_max along g, less α g) on each of --batches batches. A budget of whole bits starts on a candidate, where the
-slopes to its two sides differ: take 2.4bit.
+ρ_max along g, less α g) on each of 192 batches. Whole bits start where the slope jumps: take 2.4bit.
 all      cos(g, g_p) over all parameters, mean of the batches; the rest is on β along the budget's surface
-cos      g with g_p of a batch; g of two batches (mean over pairs); means over one half of the batches with
-         means over the other, whose noise is apart; and what these say of the expected g and g_p, without
-         noise: cos(g, g_p) / √(cos(g, g) cos(g_p, g_p))
+cos      g with g_p of a batch; g of two batches (mean over pairs); means over half of the batches with means
+         over the others; from these, of the expected g and g_p: cos(g, g_p) / √(cos(g, g) cos(g_p, g_p))
 length   of the expected g and g_p − g: √(‖mean‖² − its squared standard error); 0 where noise is all
 p        share of random signs of the batches for which the mean of g_p − g is as long as ours
 """
 import argparse
-import dataclasses
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import asga, run, settings_of
 from torch.nn.utils import get_total_norm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import asga  # noqa: E402
-
+BATCHES = 192
 
 def beta_gradients(run, batches):
     """(g, g_p) of β along the budget's surface, [batches, free quantizers] float64, and cos(g, g_p) over all
@@ -56,61 +51,52 @@ def beta_gradients(run, batches):
         found.append((g_beta, g_p_beta, dot / (get_total_norm(g) * get_total_norm(g_p))))
     return [torch.stack(part) for part in zip(*found)]
 
-
-def cosine(a, b):
-    return F.cosine_similarity(a, b, dim=-1).mean().item()
-
-
-def length(v):
-    return math.sqrt(max(0.0, (v.mean(0).square() - v.var(0) / len(v)).sum().item()))
-
-
 def summary(g, g_p):
     """What the file's head describes, of gradients [batches, free]."""
+    def cosine(a, b):
+        return F.cosine_similarity(a, b, dim=-1).mean().item()
+
     def halves(a, b):
         return (cosine(a[::2].mean(0), b[1::2].mean(0)) + cosine(a[1::2].mean(0), b[::2].mean(0))) / 2
 
-    difference = g_p - g
+    def length(v):
+        return math.sqrt(max(0.0, (v.mean(0).square() - v.var(0) / len(v)).sum().item()))
+
+    difference, n = g_p - g, len(g)
+    pairs = (F.normalize(g, dim=1).sum(0).square().sum().item() - n) / (n * (n - 1))
     own, both, perturbed = halves(g, g), halves(g, g_p), halves(g_p, g_p)
     expected = both / math.sqrt(own * perturbed) if own > 0 and perturbed > 0 else math.nan
-    unit = F.normalize(g, dim=-1)
-    pairs = (unit.sum(0).square().sum().item() - len(g)) / (len(g) * (len(g) - 1))  # mean over pairs
-    signs = torch.randint(2, (999, len(g)), generator=torch.Generator().manual_seed(0)).to(g) * 2 - 1
+    cos = {"g, g_p": cosine(g, g_p), "g of two batches": pairs, "expected g, g_p": expected}
+    cos |= {"halves: g, g": own, "halves: g, g_p": both, "halves: g_p, g_p": perturbed}
+    signs = torch.randint(2, (999, n), generator=torch.Generator().manual_seed(0)).to(g) * 2 - 1
     as_long = (signs @ difference).norm(dim=1) >= difference.sum(0).norm()
-    result = {"cos": {"g, g_p": cosine(g, g_p), "g of two batches": pairs,
-                      "halves: g, g": own, "halves: g, g_p": both, "halves: g_p, g_p": perturbed,
-                      "expected g, g_p": expected},
-              "length": {"expected g": length(g), "expected g_p − g": length(difference)},
-              "p": {"g_p − g": (1 + as_long.sum().item()) / 1000}}
-    return {kind: {name: round(v, 4) for name, v in values.items()} for kind, values in result.items()}
-
+    told = {"cos": cos, "length": {"expected g": length(g), "expected g_p − g": length(difference)},
+            "p": {"g_p − g": (1 + as_long.sum().item()) / 1000}}
+    return {kind: {name: round(v, 4) for name, v in values.items()} for kind, values in told.items()}
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batches", type=int, default=192)
     parser.add_argument("--supernet", help="supernet.pt of a search with these flags")
     args, rest = parser.parse_known_args(argv)
     cfg = asga.parse(["search", *rest])
-    if args.batches < 4 or cfg.method == "uniform" or not cfg.weights:
-        raise asga.AsgaError("this needs four --batches, --data, --weights, and a method that searches")
+    if cfg.method == "uniform" or not cfg.data or not cfg.weights:
+        raise asga.AsgaError("this needs --data, --weights, and a method that searches")
     job = asga.Job(cfg, "policy.json")
-    names = [field.name for field in dataclasses.fields(asga.SearchSettings)]
-    settings = asga.SearchSettings(**{name: getattr(cfg, name) for name in names})
+    settings = settings_of(cfg)
     plan = asga.plan(job.model, job.example, cfg.budget, settings)
     run = asga.Search(job.model, *plan, settings, job.inputs(4))
     if args.supernet:
-        run.net.load_state_dict(asga.read_checkpoint(args.supernet)["state"])
-    g, g_p, whole = beta_gradients(run, itertools.islice(job.stream(0), args.batches))
+        found = asga.read_checkpoint(args.supernet).get("state", {})
+        if found.keys() != run.net.state_dict().keys():
+            raise asga.AsgaError(f"{args.supernet} is of a search with other flags")
+        run.net.load_state_dict(found)
+    g, g_p, whole = beta_gradients(run, itertools.islice(job.stream(0), BATCHES))
     at = "/".join(Path(args.supernet).parts[-2:]) if args.supernet else "start"
-    told = {"arch": cfg.arch, "data": Path(cfg.data).name, "budget": cfg.budget, "at": at,
-            "rho": settings.rho_max, "alpha": settings.alpha, "seed": cfg.seed, "batches": args.batches,
-            "batch_size": cfg.batch_size, "free": len(run.beta)}
+    told = {"arch": cfg.arch, "data": Path(cfg.data).name, "budget": cfg.budget, "at": at}
+    told |= {"rho": settings.rho_max, "alpha": settings.alpha, "seed": cfg.seed}
+    told |= {"batches": BATCHES, "batch_size": cfg.batch_size, "free": len(run.beta)}
     told["all"] = {"cos": {"g, g_p": round(whole.mean().item(), 4)}}
     print(json.dumps({**told, **summary(g, g_p)}, ensure_ascii=False))
 
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (asga.AsgaError, RuntimeError) as error:
-        sys.exit(f"beta_gradient: error: {error}")
+    run(main)

@@ -3,27 +3,23 @@
     python evidence/flatness.py runs/search   --data PROXY  --out DIR
     python evidence/flatness.py runs/transfer --data TARGET --out DIR
 
-DIR/flatness.json holds them, of training images without augmentation, in eval mode:
+DIR/flatness.json holds them, of 256 training images without augmentation, in eval mode:
 eigenvalue   the largest (by magnitude) of the Hessian by the weights, at fixed quantizer steps and bitwidths
-gap          L(θ + ρ g/‖g‖) − L(θ), g the gradient of all these images, over all parameters
-moves, cos   by kind of parameter: how far ρ = 0.05 moves it (L2), and cos(g, the gradient there)
-noise        accuracy (val) with σ · rms(w) · N(0, 1) added to each weight tensor, mean over draws
+gap          L(θ + ρ g/‖g‖) − L(θ) at ρ = 0.05, g the gradient of all these images, over all parameters
+moves, cos   by kind of parameter: how far that moves it (L2), and cos(g, the gradient there)
+noise        accuracy (val) with σ · rms(w) · N(0, 1) added to each weight, σ = 0.1, mean of three draws
 policy       of a search: its policy's accuracy, by the old BatchNorm statistics and by new ones
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import asga, run
 from torch.nn.utils import get_total_norm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import asga  # noqa: E402
-
-RADII, NOISE, DRAWS = (0.01, 0.05, 0.1), (0.05, 0.1), 3
-
+IMAGES, JUDGED, RHO, SIGMA, DRAWS = 256, 2500, 0.05, 0.1, 3
 
 def load(run, data, device):
     """(network with its quantizers, train, val, resolution) of the folder of a search or transfer."""
@@ -43,22 +39,16 @@ def load(run, data, device):
     net.load_state_dict(state)
     return net.to(device).eval(), train, val, saved["resolution"]
 
-
-def drawn(total, count):
-    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count]
-
-
 def batch(part, count, size, device):
     """(x, y) of `count` images: one batch, as LSQ scales the gradient of a step by the batch."""
-    (images, y), = part.batches([drawn(len(part), count)], device)
+    drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:count]
+    (images, y), = part.batches([drawn], device)
     return asga.normalize(images, size), y
-
 
 def gradient(net, params, x, y, graph=False):
     """(loss, its gradient by params)"""
     loss = F.cross_entropy(asga.first_output(net(x)), y)
     return loss, torch.autograd.grad(loss, params, create_graph=graph, materialize_grads=True)
-
 
 def eigenvalue(net, x, y, rounds=100, tolerance=0.02):
     """(largest eigenvalue by magnitude, rounds of power iteration). H v is the derivative of ⟨∇L, v⟩ by
@@ -74,72 +64,56 @@ def eigenvalue(net, x, y, rounds=100, tolerance=0.02):
         value = sum((a * b).sum() for a, b in zip(v, product)).item()
         if get_total_norm([b - value * a for a, b in zip(v, product)]) <= tolerance * abs(value):
             return value, done
+    asga.say(f"the power iteration did not settle in {rounds} rounds: the eigenvalue is a lower bound")
     return value, rounds
 
+def kind_of(name, p):
+    last = name.rpartition(".")[2]
+    return last if last in ("steps", "beta") else "weights" if p.dim() > 1 else "other"
 
 def gaps(net, x, y):
-    """{"loss", "grad_norm", "moves", "cos", "gap"}; the network is as before afterwards."""
-    params, kinds = [], {}
-    for name, p in net.named_parameters():
-        if p.requires_grad:
-            kind = name.rpartition(".")[2]
-            if kind not in ("steps", "beta"):
-                kind = "weights" if p.dim() > 1 else "other"
-            kinds.setdefault(kind, []).append(len(params))
-            params.append(p)
+    """{"loss", "grad_norm", "gap", "moves", "cos"}; the network is as before afterwards."""
+    kinds, params = zip(*[(kind_of(name, p), p) for name, p in net.named_parameters() if p.requires_grad])
     loss, g = gradient(net, params, x, y)
     norm, before = get_total_norm(g), [p.detach().clone() for p in params]
-    found = {"loss": loss.item(), "grad_norm": norm.item(), "moves": {}, "cos": {}, "gap": {}}
-    for rho in RADII:
-        with torch.no_grad():
-            torch._foreach_add_(params, g, alpha=rho / norm.item())
-        perturbed, g_p = gradient(net, params, x, y)
-        found["gap"][rho] = (perturbed - loss).item()
-        for kind, members in kinds.items() if rho == 0.05 else ():
-            a, b = (torch.cat([grads[i].flatten() for i in members]).double() for grads in (g, g_p))
-            found["moves"][kind] = (rho / norm * a.norm()).item()
-            found["cos"][kind] = F.cosine_similarity(a, b, dim=0).item()
-        with torch.no_grad():
-            torch._foreach_copy_(params, before)
-    return found
-
+    torch._foreach_add_([p.data for p in params], g, alpha=RHO / norm.item())
+    perturbed, g_p = gradient(net, params, x, y)
+    torch._foreach_copy_([p.data for p in params], before)
+    moves, cos = {}, {}
+    for kind in dict.fromkeys(kinds):
+        a, b = (torch.cat([part.flatten() for part, its in zip(grads, kinds) if its == kind]).double()
+                for grads in (g, g_p))
+        moves[kind] = (RHO / norm * a.norm()).item()
+        cos[kind] = F.cosine_similarity(a, b, dim=0).item()
+    gap = {RHO: (perturbed - loss).item()}
+    return {"loss": loss.item(), "grad_norm": norm.item(), "gap": gap, "moves": moves, "cos": cos}
 
 @torch.no_grad()
 def noise(net, accuracy):
-    """{σ: accuracy}; the network is as before afterwards."""
-    weights, found = [layer.weight for layer in asga.layers_of(net).values()], {}
+    """{σ: mean accuracy}; the network is as before afterwards."""
+    weights, found = [layer.weight for layer in asga.layers_of(net).values()], []
     before = [w.clone() for w in weights]
-    for sigma in NOISE:
-        accuracies = []
-        for draw in range(DRAWS):
-            generator = torch.Generator().manual_seed(draw)
-            for w in weights:
-                w.add_(torch.randn(w.shape, generator=generator).to(w) * sigma * w.square().mean().sqrt())
-            accuracies.append(accuracy(net))
-            torch._foreach_copy_(weights, before)
-        found[sigma] = sum(accuracies) / DRAWS
-    return found
-
+    for draw in range(DRAWS):
+        generator = torch.Generator().manual_seed(draw)
+        for w in weights:
+            w.add_(torch.randn(w.shape, generator=generator).to(w) * SIGMA * w.square().mean().sqrt())
+        found.append(accuracy(net))
+        torch._foreach_copy_(weights, before)
+    return {SIGMA: sum(found) / DRAWS}
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=256, help="training images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if args.images < 1:
-        raise asga.AsgaError(f"--images {args.images} must be at least 1")
-    device = torch.device(args.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, train, val, size = load(args.run, args.data, device)
     asga.Fused.on = False  # the double backward takes the plain formulas anyway
-    x, y = batch(train, args.images, size, device)
-    result = {"run": str(args.run), "images": args.images, **gaps(net, x, y)}
+    x, y = batch(train, IMAGES, size, device)
+    result = {"run": str(args.run), "images": len(x), **gaps(net, x, y)}
     result["eigenvalue"], result["rounds"] = eigenvalue(net, x, y)
-    judged = torch.zeros(len(val), dtype=torch.bool)
-    judged[drawn(len(val), 2500)] = True
-    val = val.subset(judged)
+    val = val.subset(asga.stratified(val.labels, min(1, JUDGED / len(val))))
 
     def accuracy(net):
         return asga.evaluate(net, val, size, device)["accuracy"]
@@ -150,15 +124,9 @@ def main(argv=None):
         old = accuracy(untuned)
         torch.optim.swa_utils.update_bn([batch(train, 2048, size, device)], untuned)
         result["policy"] = {"old": old, "new": accuracy(untuned)}
-    if result["rounds"] == 100:
-        asga.say("the power iteration did not settle in 100 rounds: the eigenvalue is a lower bound")
     args.out.mkdir(parents=True, exist_ok=True)
     asga.write_json(args.out / "flatness.json", result)
     print(json.dumps(result, indent=1))
 
-
 if __name__ == "__main__":
-    try:
-        main()
-    except asga.AsgaError as error:
-        sys.exit(f"flatness: error: {error}")
+    run(main)

