@@ -547,8 +547,9 @@ class ASGA(torch.optim.Optimizer):
         conflict = (dot < 0) & (norm > 0) & self.project
         against = torch.where(conflict, dot / norm.square(), 0)
         cos = dot / (norm * torch.nn.utils.get_total_norm(g_p)).clamp_min(1e-30)
-        g_p = torch._foreach_sub(g_p, torch._foreach_mul(g, against))
-        direction = torch._foreach_lerp(g_p, g, 0.5) if self.direction == "mean" else g_p
+        mean = self.direction == "mean"  # 3 and 4 at once: (g_p + (1 − against) · g)/2, or g_p − against · g
+        direction = torch._foreach_add(g_p, torch._foreach_mul(g, int(mean) - against))
+        torch._foreach_mul_(direction, 0.5 if mean else 1.0)
         for p, d in zip(self.params, direction):
             p.grad = d
         self.base.step()

@@ -67,7 +67,7 @@ MUTATIONS = {
                                                   "            raise"),
         "projection: by ‖g‖, not ‖g‖²": ("dot / norm.square()", "dot / norm"),
         "projection: where both agree too": ("(dot < 0) & (norm > 0)", "(norm > 0)"),
-        "direction: no mean": ("torch._foreach_lerp(g_p, g, 0.5)", "torch._foreach_add(g_p, g)"),
+        "direction: no mean": ("0.5 if mean else 1.0", "1.0"),
         "radius: ln h, not ln(1 + h)": ("torch.log1p(torch.as_tensor(gap)", "torch.log(torch.as_tensor(gap)"),
         "radius: no floor": (".clamp(rho_min, rho_max)", ".clamp(max=rho_max)"),
         "radius: −h": ("gap = perturbed_loss - self.loss", "gap = self.loss - perturbed_loss"),
