@@ -231,6 +231,7 @@ class Operands(torch.overrides.TorchFunctionMode):
         return func(**named)
 
 def quantized_forward(layer, *args, **kwargs):
+    """The layer's own forward, on quantized operands."""
     with Operands(layer):
         return type(layer).forward(layer, *args, **kwargs)
 
@@ -767,8 +768,10 @@ def knapsack(values, costs, limits, fill=0.99):
     found = best_choice(values, costs, limits, fill) or best_choice(values, costs, limits, 0)
     if not found:
         raise AsgaError(f"budget {limits.tolist()} cannot be met: no policy keeps all its bounds at once")
-    while found[0] < fill and (dearer := best_choice(values, costs, limits, math.nextafter(found[0], 2))):
-        found = dearer
+    while math.nextafter(found[0], 2) < fill:  # by bisection: the dearest spends between these two
+        middle = max(math.nextafter(found[0], 2), (found[0] + fill) / 2)
+        dearer = best_choice(values, costs, limits, middle)
+        found, fill = (dearer, fill) if dearer else (found, middle)
     return found[1]
 
 def lower_bound(values, shares, fill):

@@ -97,7 +97,7 @@ MUTATIONS = {
         "budget: two rounds": ("for _ in range(7):", "for _ in range(2):"),
         "budget: unspent stays": ("met = (self.spent(bits) - 1).abs()", "met = (self.spent(bits) - 1)"),
         "budget: activations that cost nothing fall": ("self.lo[1] = self.hi[1]", "pass"),
-        "knapsack: without the dearest": ("while found[0] < fill and", "while False and"),
+        "knapsack: without the dearest": ("while math.nextafter(found[0], 2) < fill:", "while False:"),
         "knapsack: of equal costs any": ("for key in (low, *cost.unbind(1))", "for key in cost.unbind(1)"),
         "knapsack: bound with all of the limit": ("torch.where(trial < 0, fill, 1.0)", "1.0"),
         "knapsack: a narrow sweep is a proof": ("argsort(stable=True)[:width]], False",
