@@ -42,20 +42,18 @@ from torch import nn
 __version__ = "0.2.0"
 CANDIDATES = (2, 3, 4, 5, 6, 8)  # bitwidths that a search chooses from
 STEP_MIN = 1e-20  # least quantizer step: far below real ones, far above denormal numbers
+VERSIONS = {"asga": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 class AsgaError(ValueError):
     """What a user can mend: one line with the value and the remedy. The command line exits with 2."""
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Quantizer: LSQ, with one candidate bitwidth (deployment) or a mixture of several (search)
-# ------------------------------------------------------------------------------------------------------------
 
 def mix_forward(x, row):
     """Σ_k π_k Q_k(x) with Q_k(x) = s_k · clamp(round(x / s_k), n_k, p_k)  (LSQ, Esser et al. 2020, eq. 1-2).
 
-    x: any shape. row: [4, K], float32 or wider: steps s above 0, whole bounds n and p, mixture weights π.
-    """
+    x: any shape. row: [4, K], float32 or wider: steps s above 0, whole bounds n and p, mixture weights π."""
     s, n, p, pi = row
     wide = x.to(row.dtype)  # half precisions: computed in float32, rounded at the end
     mixed = 0
@@ -68,8 +66,7 @@ def mix_backward(grad, x, row):
 
     ∂Q/∂x = 1 where n ≤ x/s ≤ p, else 0.
     ∂Q/∂s = round(x/s) − x/s inside, n below, p above (LSQ eq. 3), times LSQ's gradient scale 1/√(numel · p).
-    ∂Q/∂π_k = Q_k − Q_1: as Σπ = 1, what is the same for all k changes nothing, and this spares a sum.
-    """
+    ∂Q/∂π_k = Q_k − Q_1: as Σπ = 1, what is the same for all k changes nothing, and this spares a sum."""
     s, n, p, pi = row
     wide, grad_wide = x.to(row.dtype), grad.to(row.dtype)
     passed = 0
@@ -128,8 +125,7 @@ class Quantizer(nn.Module):
     `beta`, 0-dim, is the bitwidth itself. Of several candidates the two beside it are mixed, with weights 1−λ
     and λ = (β − b_lo)/(b_hi − b_lo) (our choice, after FracBits, Yang & Jin 2021). On a candidate that one
     alone speaks, and ∂/∂β looks up (on the last, down). `steps` [K] are learned; NaN until calibrated.
-    `enabled = False` makes it the identity.
-    """
+    `enabled = False` makes it the identity."""
 
     def __init__(self, bits, signed=None):
         super().__init__()
@@ -204,17 +200,14 @@ class Quantizer(nn.Module):
         s = s.detach().clamp_min(STEP_MIN) + (s - s.detach())  # likewise a step perturbed to or below 0
         return torch.stack([s, n, p, pi], 1)
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Supernet: every Conv2d and Linear of any network gets a quantizer on its weight and one on its input
-# ------------------------------------------------------------------------------------------------------------
 
 class Operands(torch.overrides.TorchFunctionMode):
     """While one layer's own forward runs, F.conv2d(x, w) becomes F.conv2d(Q_a(x), Q_w(w)); F.linear likewise.
 
     There, and not on `layer.weight`, as subclasses pad by hand or standardize their weights: what must be on
-    the integer grid is what the hardware multiplies. Products with weights of another shape stay.
-    """
+    the integer grid is what the hardware multiplies. Products with weights of another shape stay."""
     names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
 
     def __init__(self, layer):
@@ -292,8 +285,7 @@ def quantize(model, bits_or_policy, example_inputs, *, keep=8):
     bits_or_policy: an int; several, or {"w": ints, "a": ints}: the candidates of a supernet; or a Policy.
     example_inputs: real data, a tensor or a tuple of arguments; layers that it does not reach stay in full
     precision. keep: see edge_bits (a policy names every layer). A supernet quantized with a policy keeps the
-    steps that it learned. Tune with step_guard. Raises AsgaError where policy and network do not fit.
-    """
+    steps that it learned. Tune with step_guard. Raises AsgaError where policy and network do not fit."""
     if isinstance(bits_or_policy, Policy):
         bits_or_policy.check(model, example_inputs)
         choices = bits_or_policy.layers
@@ -322,10 +314,8 @@ def step_guard(model):
     yield clamp
     clamp()
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Cost and budget: bit operations and bytes, and a hard constraint on them
-# ------------------------------------------------------------------------------------------------------------
 
 BUDGET_HELP = "3bit (the cost of uniform 3/3), 7.2G (BOPs), 4.5MB (of weights), 0.05x (of the 32-bit BOPs)"
 SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
@@ -369,15 +359,17 @@ class Budget:
     """Bounds on the cost of a policy over given layers, and the projection that keeps a search on them.
 
     BOPs_l = macs_l · w_l · a_l, weight bits_l = numel_l · w_l. spec: BUDGET_HELP; a comma joins two. layers:
-    {name: LayerCost}. lo, hi: [2, L], least and most bits (row 0 weights, row 1 activations; equal where a
-    layer is fixed). kept: layers that "3bit" leaves at their bits. AsgaError for a spec that cannot be met.
-    """
+    {name: LayerCost}. kept: {name: bits} of fixed layers, in "3bit" too. w, a: the bits that others choose
+    from. lo, hi [2, L]: least and most of them; row 0 weights, row 1 activations. AsgaError for a spec that
+    cannot be met."""
 
-    def __init__(self, spec, layers, lo, hi, kept=()):
-        self.spec, self.names = str(spec), list(layers)
-        self.lo, self.hi = lo.double().clone(), hi.double()
-        self.kept = torch.tensor([name in kept for name in layers], device=lo.device)
-        self.sizes = torch.tensor(list(layers.values()), device=lo.device).double().t()  # [2, L]: MACs, numel
+    def __init__(self, spec, layers, kept, w, a, device="cpu"):
+        self.spec, self.layers = str(spec), layers
+        self.choices = {name: ((kept[name],),) * 2 if name in kept else (w, a) for name in layers}
+        ends = [[list(map(end, bits)) for bits in zip(*self.choices.values())] for end in (min, max)]
+        self.lo, self.hi = torch.tensor(ends, dtype=torch.float64, device=device)
+        self.kept = torch.tensor([name in kept for name in layers], device=device)
+        self.sizes = torch.tensor(list(layers.values()), device=device).double().t()  # [2, L]: MACs, numel
         self.limits = self.lo.new_full((2,), math.inf)  # BOPs, weight bits
         for part in self.spec.split(","):
             kind, value = self.parse(part.strip())
@@ -456,12 +448,10 @@ class Budget:
             costs.append(torch.stack([macs * w * a, numel * w], 1)[:, bounded])
             values.append(torch.tensor(list(options.values()), dtype=torch.float64))
         chosen = knapsack(values, costs, self.limits.cpu()[bounded])
-        return {name: list(options)[i] for name, options, i in zip(self.names, penalties, chosen)}
+        return {name: list(options)[i] for name, options, i in zip(self.layers, penalties, chosen)}
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # ASGA optimizer. This section stands alone: copied into a file under `import torch` it works on any model.
-# ------------------------------------------------------------------------------------------------------------
 
 def adaptive_radius(gap, rho_min, rho_max):
     """ρ = clip(ln(1 + max(h, 0)), ρ_min, ρ_max)  (ASGA: min(ρ_max, ln(h + 1)); the floor is our choice).
@@ -484,8 +474,7 @@ class ASGA(torch.optim.Optimizer):
     backward and returns the loss. Neither half waits for the device. Without `buffers` BatchNorm's statistics
     move in both passes. alpha=0, adaptive=False, project=False, direction="perturbed" is SAM (Foret et al.
     2021); alpha=0, rho_max=0 is the base optimizer, in one pass. `last` holds loss, perturbed_loss, gap, rho,
-    grad_norm, cos and projected of the last step, as 0-dim tensors.
-    """
+    grad_norm, cos and projected of the last step, as 0-dim tensors."""
 
     def __init__(self, params, base_class, *, rho_min, rho_max, alpha, adaptive=True, project=True,
                  direction="mean", buffers=(), **base_settings):
@@ -579,10 +568,8 @@ class ASGA(torch.optim.Optimizer):
         self.base.load_state_dict({key: state[key] for key in ("state", "param_groups")})
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Search: weights, steps and bits of the supernet together, C(β) = C* after every step
-# ------------------------------------------------------------------------------------------------------------
 
 METHODS = {
     "asga": {},
@@ -634,33 +621,27 @@ class SearchSettings:
             raise AsgaError(f"rho_min {self.rho_min} is above rho_max {self.rho_max}: exchange them")
 
 def plan(model, example_inputs, budget, settings):
-    """(Budget, {name: bits} of fixed layers) of a search, before any training. AsgaError if it cannot be met.
+    """The Budget of a search, before any training; AsgaError if it cannot be met.
     example_inputs, for the MACs: at the resolution that will be deployed."""
-    layers = trace(model, example_inputs)
+    layers, device = trace(model, example_inputs), next(model.parameters()).device
     kept = edge_bits(list(layers), settings.keep)
     kinds = nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear
     full = [name for name, m in model.named_modules() if isinstance(m, kinds) and name not in layers]
     if full:
         say(f"in full precision, outside the budget (no Conv2d or Linear that is called): {', '.join(full)}")
-    free = settings.candidates_w, settings.candidates_a
-    ends = [[[kept.get(name, end(bits)) for name in layers] for bits in free] for end in (min, max)]
-    lo, hi = torch.tensor(ends, dtype=torch.float64, device=next(model.parameters()).device)
-    return Budget(budget, layers, lo, hi, kept), kept
+    return Budget(budget, layers, kept, settings.candidates_w, settings.candidates_a, device)
 
 class Search:
     """A supernet on its way to a policy: step(x, y, done) for done = 0 … steps − 1, then policy().
 
-    model: full precision (stays as it was). budget, kept: of plan(). batches: inputs to calibrate with.
-    """
+    model: full precision (stays as it was). budget: of plan(). batches: inputs to calibrate with."""
 
-    def __init__(self, model, budget, kept, settings, batches, loss_fn=F.cross_entropy):
+    def __init__(self, model, budget, settings, batches, loss_fn=F.cross_entropy):
         self.budget, self.settings, self.loss_fn = budget, settings, loss_fn
-        free = settings.candidates_w, settings.candidates_a
-        choices = {name: (kept[name],) * 2 if name in kept else free for name in budget.names}
-        self.net = attach_quantizers(model, choices).to(memory_format=torch.channels_last)
+        self.net = attach_quantizers(model, budget.choices).to(memory_format=torch.channels_last)
         calibrate(self.net, batches)
         found = quantized_layers(self.net)
-        layers = [found[name] for name in budget.names]
+        layers = [found[name] for name in budget.layers]
         images = layers[0].input_quantizer
         images.steps.requires_grad_(len(images.bits) > 1)  # else it takes their gradient (our choice)
         self.quantizers = [layer.weight_quantizer for layer in layers]
@@ -687,15 +668,8 @@ class Search:
 
     def step(self, x, y, done):
         """ASGA step number `done`, and the projection. Returns the log's record, its tensors unread."""
-        self.net.train()
         cosine(self.optimizer, done, self.settings.steps)
-
-        def closure():
-            clamp()  # the perturbation too: behind a silent layer BatchNorm makes gradients infinite
-            return backward(self.net, x, y, self.loss_fn, self.settings.precision)
-
-        with step_guard(self.net) as clamp:
-            self.optimizer.step(closure)
+        update(self.net, self.optimizer, x, y, self.loss_fn, self.settings.precision)
         self.write(self.budget.project(self.bits()))
         bits = self.bits()
         distance = (self.candidates - bits.view(-1, 1)).abs().amin(1).sum() / max(1, len(self.beta))
@@ -706,19 +680,18 @@ class Search:
         """The whole-bit Policy nearest to the present bits within the budget. info: more keys of the file."""
         if not self.bits().isfinite().all():
             raise AsgaError("the bitwidths are no longer numbers: lower lr or lr_beta, check the data")
-        penalties, count = [], len(self.budget.names)
-        for w, a, q_w, q_a in zip(*self.bits().tolist(), self.quantizers[:count], self.quantizers[count:]):
-            layer = {(i, j): (i - w) ** 2 + (j - a) ** 2 for i in q_w.bits for j in q_a.bits}
+        penalties = []
+        for (w, a), choice in zip(self.bits().t().tolist(), self.budget.choices.values()):
+            layer = {(i, j): (i - w) ** 2 + (j - a) ** 2 for i, j in itertools.product(*choice)}
             if self.settings.method == "uniform":  # w = a, where it may; the seed draws who gets more
                 for (i, j), draw in zip(layer, torch.rand(len(layer)).tolist()):
                     layer[i, j] += 1e-4 * ((i - j) ** 2 + draw)
             penalties.append(layer)
-        sizes = [LayerCost(*size) for size in self.budget.sizes.t().long().tolist()]
         limits = zip(("bops", "weight_bits"), self.budget.limits.tolist())
         bounds = {key: limit for key, limit in limits if limit < math.inf}
         info["budget"] = {"spec": self.budget.spec, **bounds}
         info["candidates"] = {"w": self.settings.candidates_w, "a": self.settings.candidates_a}
-        return Policy(self.budget.choose(penalties), dict(zip(self.budget.names, sizes)), info)
+        return Policy(self.budget.choose(penalties), self.budget.layers, info)
 
 def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None, **settings):
     """Search a Policy for `model` (full precision, trained; stays as it was) on a proxy data set.
@@ -727,8 +700,7 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     or a tuple of arguments. loss_fn(outputs, targets) → scalar; it gets the first of several outputs. budget:
     BUDGET_HELP. example_inputs: what MACs are counted on, at the resolution that you deploy (default: the
     first image). on_step(step, record): called after each. settings: fields of SearchSettings. AsgaError for
-    settings and budgets that make no sense, before any training.
-    """
+    settings and budgets that make no sense, before any training."""
     settings, device = SearchSettings(**settings), next(model.parameters()).device
 
     def move(inputs):
@@ -740,8 +712,8 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
         raise AsgaError("batches must give (inputs, targets) again and again: give a list or a loader")
     if example_inputs is None:
         example_inputs = [t[:1] for t in as_args(warm[0])]
-    budget, kept = plan(model, move(example_inputs), budget, settings)
-    began, run = time.monotonic(), Search(model, budget, kept, settings, warm, loss_fn)
+    budget = plan(model, move(example_inputs), budget, settings)
+    began, run = time.monotonic(), Search(model, budget, settings, warm, loss_fn)
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
     for done, (x, y) in enumerate(itertools.islice(stream, settings.steps)):
         record = run.step(move(x), move(y), done)
@@ -751,14 +723,11 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     return run.policy(search={"method": settings.method, "seconds": seconds, "device": describe(device),
                               "settings": chosen})
 
-
-# ============================================================================================================
+# ==============================================================================
 # The method ends here. What follows serves it: policy, speed, networks, data, runs, commands.
-# ============================================================================================================
 
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Policy: whole bits for every layer, and the file that carries them
-# ------------------------------------------------------------------------------------------------------------
 
 def knapsack(values, costs, limits, fill=0.99):
     """Exact multiple-choice knapsack: L ints, the choices of least Σ value within `limits` that spend `fill`
@@ -774,34 +743,28 @@ def knapsack(values, costs, limits, fill=0.99):
         found, fill = (dearer, fill) if dearer else (found, middle)
     return found[1]
 
-def lower_bound(values, shares, fill):
-    """(a lower bound of the least Σ value, [L, n]: what each choice adds to it at least).
-
-    It is Σ_l min(v + μ · share) − Σ μ for the best μ ≥ 0, on a grid made finer and finer; with one limit also
-    for μ < 0, less fill · μ."""
-    kinds = shares[0].shape[1]
-    v = nn.utils.rnn.pad_sequence(values, True, math.inf)[..., None]  # [L, n, 1]
-    s = nn.utils.rnn.pad_sequence(shares, True)  # [L, n, K]
-    mu, axis = 1, torch.cat([torch.zeros(1), torch.logspace(-3, 5, 33)]).double()
-    axis = torch.cat([-axis, axis]) if kinds == 1 else axis
-    for spread in (0.8, 0.2, 0.05, 0.01, 0.002):
-        trial = mu * torch.cartesian_prod(*[axis] * kinds).view(-1, kinds)  # [T, K]
-        spent = (trial * torch.where(trial < 0, fill, 1.0)).sum(1)
-        bound = (v + s @ trial.t()).amin(1).sum(0) - spent  # [T]
-        mu, axis = trial[bound.argmax()], torch.linspace(1 - spread, 1 + spread, 17).double()
-    excess = v[..., 0] + s @ mu
-    return bound.max(), excess - excess.amin(1, keepdim=True)
-
 def best_choice(values, costs, limits, fill):
     """(share spent, L ints) of the least value within the limits that spends `fill` of one of them; or None.
 
-    Layer by layer it keeps what may lead there: within the limits, able to reach the fill, best of its cost,
-    bounded below the best value known. Few kept find a good choice; where none had to go, it is proved."""
-    bound, excess = lower_bound(values, [c / limits for c in costs], fill)
+    The bound of Lagrange, Σ_l min(v + μ · share) − Σ μ, for the best μ ≥ 0 on a finer and finer grid (one
+    limit: also for μ < 0, less fill · μ) says what each choice adds to Σ value at least. Then layer by layer
+    it keeps what may lead there: within the limits, able to reach the fill, best of its cost, bounded below
+    the best value known. Few kept find a good choice; where none had to go, it is proved."""
+    v = nn.utils.rnn.pad_sequence(values, True, math.inf)[..., None]  # [L, n, 1]
+    shares = nn.utils.rnn.pad_sequence([c / limits for c in costs], True)  # [L, n, K]
+    mu, axis = 1, torch.cat([torch.zeros(1), torch.logspace(-3, 5, 33)]).double()
+    axis = torch.cat([-axis, axis]) if len(limits) == 1 else axis
+    for spread in (0.8, 0.2, 0.05, 0.01, 0.002):
+        trial = mu * torch.cartesian_prod(*[axis] * len(limits)).view(-1, len(limits))  # [T, K]
+        spent = (trial * torch.where(trial < 0, fill, 1.0)).sum(1)
+        bound = (v + shares @ trial.t()).amin(1).sum(0) - spent  # [T]
+        mu, axis = trial[bound.argmax()], torch.linspace(1 - spread, 1 + spread, 17).double()
+    excess = v[..., 0] + shares @ mu
+    excess = excess - excess.amin(1, keepdim=True)  # [L, n]
     best, found = math.inf, None
     for width in (500, 10_000, 200_000):
         least, most = sum(c.amin(0) for c in costs), sum(c.amax(0) for c in costs)  # [K], of the layers ahead
-        cost, low = limits.new_zeros(1, len(limits)), bound.view(1)  # [S, K] and [S], of the S kept
+        cost, low = limits.new_zeros(1, len(limits)), bound.max().view(1)  # [S, K] and [S], of the S kept
         picks, complete = torch.zeros(1, 0, dtype=torch.long), True  # [S, layers behind]
         for c, e in zip(costs, excess):
             least, most = least - c.amin(0), most - c.amax(0)
@@ -834,10 +797,14 @@ def check_bits(bits, where=""):
     return tuple(sorted(found))
 
 def write_atomic(path, content):
-    """Write bytes beside `path`, then move them into place: a reader never sees half a file."""
-    part = Path(f"{path}.part")
+    """Text, or what torch.save takes, first beside `path`: a reader never sees half a file."""
+    part, buffer = Path(f"{path}.part"), io.BytesIO()
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        torch.save(content, buffer)
     try:
-        part.write_bytes(content)
+        part.write_bytes(buffer.getvalue())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -852,11 +819,7 @@ def read_json(path):
 def write_json(path, data):
     """Readable JSON: an entry a line, two levels deep."""
     text = re.sub(r"\n {2,}([}\]])", r"\1", json.dumps(data, indent=1))
-    write_atomic(path, re.sub(r"\n {3,}", " ", text + "\n").encode())
-
-def versions():
-    """What made a file."""
-    return {"asga": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    write_atomic(path, re.sub(r"\n {3,}", " ", text + "\n"))
 
 class Policy:
     """Bits of every quantized layer, in network order: layers {name: (w, a)}; sizes {name: LayerCost}, of the
@@ -868,29 +831,26 @@ class Policy:
             check_bits(w, f"layer {name}: ") + check_bits(a, f"layer {name}: ")
 
     @property
+    def cost(self):
+        """Exact ints bops = Σ macs · w · a, of one image, and weight_bits = Σ numel · w; the means of w and a
+        are weighted by MACs."""
+        rows = [(*self.sizes[name], w, a) for name, (w, a) in self.layers.items()]
+        macs = sum(m for m, *_ in rows)
+        return {"bops": sum(m * w * a for m, _, w, a in rows),
+                "weight_bits": sum(n * w for _, n, w, _ in rows),
+                "mean_w": sum(m * w for m, _, w, _ in rows) / macs,
+                "mean_a": sum(m * a for m, _, _, a in rows) / macs}
+
+    @property
     def bops(self):
-        """Σ macs · w · a, an exact int: bit operations of one image."""
-        return sum(self.sizes[name].macs * w * a for name, (w, a) in self.layers.items())
-
-    @property
-    def weight_bits(self):
-        """Σ numel · w: bits of all quantized weights."""
-        return sum(self.sizes[name].numel * w for name, (w, _) in self.layers.items())
-
-    @property
-    def mean_bits(self):
-        """(mean w, mean a), weighted by MACs."""
-        macs = [self.sizes[name].macs for name in self.layers]
-        rows = zip(*self.layers.values())
-        return tuple(sum(m * bits for m, bits in zip(macs, row)) / sum(macs) for row in rows)
+        return self.cost["bops"]
 
     def check(self, model, example_inputs=None):
         """AsgaError with a layer that does not fit `model`; the last may have other outputs, and those that
         example_inputs do not reach need no bits."""
         found, where = layers_of(model), f"policy for another network than {type(model).__name__}"
         reached = found if example_inputs is None else trace(model, example_inputs)
-        strange = self.layers.keys() ^ reached.keys()
-        for name in sorted(strange):
+        for name in sorted(self.layers.keys() ^ reached.keys()):
             owner = "policy" if name in self.layers else "network"
             raise AsgaError(f"{where}: only the {owner} uses layer {name!r}")
         for name, (_, there) in self.sizes.items():
@@ -898,19 +858,12 @@ class Policy:
             if there % row or there != here and name != list(self.layers)[-1]:
                 raise AsgaError(f"{where}: {there} weights in layer {name!r}, here {here}")
 
-    def measure(self, model, example_inputs):
-        """The same bits with the sizes of `model` at these inputs."""
-        self.check(model, example_inputs)
-        return Policy(self.layers, trace(model, example_inputs), self.info)
-
     def to_json(self):
         """The file's content as a dict."""
-        w, a = self.mean_bits
         layers = {n: {"w": w, "a": a, **self.sizes[n]._asdict()} for n, (w, a) in self.layers.items()}
-        cost = {"bops": self.bops, "weight_bits": self.weight_bits, "mean_w": w, "mean_a": a}
-        info = {"arch": "", "budget": {}, "candidates": {}, "proxy": {}, "search": {}, "versions": versions()}
+        info = {"arch": "", "budget": {}, "candidates": {}, "proxy": {}, "search": {}, "versions": VERSIONS}
         info.update((key, self.info[key]) for key in info.keys() & self.info.keys())
-        return {"format": "asga-policy", "version": 1, "layers": layers, "cost": cost, **info}
+        return {"format": "asga-policy", "version": 1, "layers": layers, "cost": self.cost, **info}
 
     def save(self, path):
         write_json(path, self.to_json())
@@ -933,10 +886,8 @@ class Policy:
             raise AsgaError(f"{path} is no policy of a search ({type(error).__name__}: {error})") from None
         return policy
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Speed: the same results, sooner
-# ------------------------------------------------------------------------------------------------------------
 
 class Fused:
     """mix_forward or mix_backward by torch.compile, one kernel for all layers. The formula itself runs where
@@ -989,10 +940,8 @@ def prepared(model):
         for q in quantizers_of(model):
             q.row = None
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Networks: the built-in ResNet-20, torchvision's, or a user's own; and their weights
-# ------------------------------------------------------------------------------------------------------------
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a parameter-free shortcut (He et al. 2016, option A)."""
@@ -1104,10 +1053,8 @@ def load_weights(model, arch, source, classes):
     model.load_state_dict(own)
     return bool(head) or list(trained) != list(classes)
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Data: CIFAR-10, handwritten digits, or a folder of images
-# ------------------------------------------------------------------------------------------------------------
 
 DIGITS = Path(__file__).resolve().parent / "data" / "digits.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pretrained networks expect
@@ -1156,12 +1103,9 @@ class ImageSet:
     def load(self, device):
         """Decode everything, once, onto the device, where that is small."""
         if not torch.is_tensor(self.images) and 3 * self.size ** 2 * len(self) <= IN_MEMORY:
-            parts, blocks = [], torch.arange(len(self)).split(256)
-            progress = Progress("reading images, block", len(blocks))
-            for images, _ in self.batches(blocks, "cpu"):
-                parts.append(images)
-                progress.show(len(parts))
-            self.images = torch.cat(parts)
+            blocks = torch.arange(len(self)).split(256)
+            batches = progress(self.batches(blocks, "cpu"), "reading images, block", len(blocks))
+            self.images = torch.cat([images for images, _ in batches])
         if torch.is_tensor(self.images):
             self.images, self.labels = self.images.to(device), self.labels.to(device)
 
@@ -1266,10 +1210,8 @@ def load_data(name, root, spec=""):
         part.labels = label[part.labels]
     return [classes[c] for c in chosen], train.subset(train.labels >= 0), val.subset(val.labels >= 0)
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Runs: one folder each; progress, log, checkpoints; stopped at any step and continued
-# ------------------------------------------------------------------------------------------------------------
 
 def say(line):
     """One line to the person at the terminal: stderr, as stdout is for results."""
@@ -1284,21 +1226,20 @@ def human(value):
     unit = max((unit for unit in SCALES if SCALES[unit] <= value), key=SCALES.get, default="")
     return f"{value / SCALES[unit]:.4g}{unit.upper()}"
 
-class Progress:
-    """What is done and the time left: a line that is rewritten on a terminal, else one every 15 seconds."""
-
-    def __init__(self, what, total, first=0):
-        self.what, self.total, self.first = what, total, first
-        self.start = self.last = time.monotonic()
-
-    def show(self, done, loss=None):
-        now, live = time.monotonic(), sys.stderr.isatty()
-        if done == self.total and now - self.start > 1 or now - self.last > (0.2 if live else 15):
-            left = round((now - self.start) / (done - self.first) * (self.total - done))
-            text = "" if loss is None else f"  loss {loss:.4f}"
-            line = f"{self.what} {done}/{self.total}{text}  ETA {left // 60}:{left % 60:02}"
-            print(line, end="\x1b[K\r" if live and done < self.total else "\n", file=sys.stderr, flush=True)
-            self.last = now
+def progress(things, what, total, first=0, latest=None):
+    """Hand on `things`, numbers first … total − 1. A line with the time left is rewritten on a terminal, else
+    comes every 15 seconds. latest: {"loss": …} of the last step."""
+    start, live = time.monotonic(), sys.stderr.isatty()
+    last = start
+    for done, thing in enumerate(things, first + 1):
+        yield thing
+        now = time.monotonic()
+        if done == total and now - start > 1 or now - last > (0.2 if live else 15):
+            left = round((now - start) / (done - first) * (total - done))
+            loss = f"  loss {latest['loss']:.4f}" if latest else ""
+            line = f"{what} {done}/{total}{loss}  ETA {left // 60}:{left % 60:02}"
+            print(line, end="\x1b[K\r" if live and done < total else "\n", file=sys.stderr, flush=True)
+            last = now
 
 @contextlib.contextmanager
 def evaluating(model):
@@ -1338,17 +1279,21 @@ def backward(net, x, y, loss_fn, precision):
     """Forward and backward pass; returns the loss. bf16: the network under autocast, all else in float32."""
     net.zero_grad()
     with prepared(net):
-        with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = first_output(net(*as_args(x)))
         loss = loss_fn(logits.float() if precision == "bf16" else logits, y)
         loss.backward()
     return loss
 
-def packed(state):
-    """The bytes of a .pt file."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
+def update(net, optimizer, x, y, loss_fn, precision):
+    """A step of an ASGA optimizer on one batch."""
+    def closure():
+        clamp()  # the perturbation too: behind a silent layer BatchNorm makes gradients infinite
+        return backward(net, x, y, loss_fn, precision)
+
+    net.train()
+    with step_guard(net) as clamp:
+        optimizer.step(closure)
 
 class Run:
     """The folder of a command. With the same settings in the same folder it goes on where it was stopped."""
@@ -1363,7 +1308,7 @@ class Run:
         for key, value in self.settings.items():
             if old.get(key) != value:
                 raise AsgaError(f"--out {out} holds a run with {key} {old.get(key)!r}: give another folder")
-        write_json(config, {"settings": self.settings, "versions": versions()})
+        write_json(config, {"settings": self.settings, "versions": VERSIONS})
 
     def loop(self, phase, total, stream, step, objects):
         """step(x, y, done) for each batch of stream(start) until `total`; returns the seconds that it took.
@@ -1374,21 +1319,22 @@ class Run:
         log = self.out / ("weights.jsonl" if phase == "weights" else "log.jsonl")
         start, before = self.restore(checkpoint, objects)
         lines = log.read_text().splitlines(True)[:start] if log.exists() else []
-        progress, records, saved = Progress(phase, total, start), [], time.monotonic()
+        records, latest, saved = [], {}, time.monotonic()
         began, self.stopping = saved - before, False
+        batches = progress(itertools.islice(stream(start), total - start), phase, total, start, latest)
         on_signals(self.stop)
         try:
-            for done, (x, y) in enumerate(itertools.islice(stream(start), total - start), start + 1):
-                record, now = step(x, y, done - 1), time.monotonic()
-                records.append({"step": done - 1, **record, "time": round(now - began, 3)})
-                progress.show(done, record["loss"])
-                if self.stopping or done == total or now - saved > 60:
+            for done, (x, y) in enumerate(batches, start):
+                record, now = step(x, y, done), time.monotonic()
+                records.append({"step": done, **record, "time": round(now - began, 3)})
+                latest.update(record)
+                if self.stopping or done + 1 == total or now - saved > 60:
                     lines += map(self.line, records)
-                    write_atomic(log, "".join(lines).encode())  # first: no checkpoint is ahead of its log
-                    self.save(checkpoint, objects, step=done, seconds=time.monotonic() - began)
+                    write_atomic(log, "".join(lines))  # first: no checkpoint is ahead of its log
+                    self.save(checkpoint, objects, step=done + 1, seconds=time.monotonic() - began)
                     records, saved = [], now
-                    if self.stopping:
-                        raise KeyboardInterrupt(f"stopped in {phase} after step {done} of {total}, all saved")
+                if self.stopping:
+                    raise KeyboardInterrupt(f"stopped in {phase} after step {done + 1} of {total}, all saved")
         finally:
             on_signals(signal.default_int_handler)
         return round(time.monotonic() - began, 3)
@@ -1411,7 +1357,7 @@ class Run:
         for name, thing in objects.items():
             state[name] = thing.state_dict()
         state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
-        write_atomic(checkpoint, packed(state))
+        write_atomic(checkpoint, state)
 
     def restore(self, checkpoint, objects):
         """(steps done, seconds that they took) of a checkpoint, its states put back; (0, 0) without one."""
@@ -1429,25 +1375,21 @@ def evaluate(model, part, resolution, device, batch_size=64):
     """{"accuracy": percent, "loss": mean cross-entropy} over an ImageSet; the model stays as it was."""
     part.load(device)
     right, loss, blocks = 0, 0.0, torch.arange(len(part)).split(batch_size)
-    progress = Progress("evaluating, batch", len(blocks))
+    batches = progress(part.batches(blocks, device), "evaluating, batch", len(blocks))
     with evaluating(model), prepared(model):
-        for done, (images, y) in enumerate(part.batches(blocks, device), 1):
+        for images, y in batches:
             logits = first_output(model(normalize(images, resolution)))
             right += (logits.argmax(1) == y).sum().item()
             loss += F.cross_entropy(logits, y, reduction="sum").item()
-            progress.show(done)
     return {"accuracy": 100 * right / len(part), "loss": loss / len(part)}
 
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Commands
-# ------------------------------------------------------------------------------------------------------------
 
 def describe(device):
     """The machine in a line."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
 class Job:
     """What the commands share: device, data, network, checked before anything is written."""
@@ -1502,15 +1444,13 @@ class Job:
     def tune(self, model, phase, epochs, lr, weight_decay, warmup=0.0):
         """Train by SGD; the seconds it took."""
         total = epochs * max(1, len(self.train) // self.cfg.batch_size)
-        optimizer = torch.optim.SGD(parameter_groups(model, lr, weight_decay), momentum=0.9, nesterov=True)
+        groups, plain = parameter_groups(model, lr, weight_decay), dict(rho_min=0.0, rho_max=0.0, alpha=0.0)
+        optimizer = ASGA(groups, torch.optim.SGD, **plain, momentum=0.9, nesterov=True)
 
         def step(x, y, done):
-            model.train()
             cosine(optimizer, done, total, warmup)
-            loss = backward(model, x, y, F.cross_entropy, self.cfg.precision)
-            with step_guard(model):
-                optimizer.step()
-            return {"loss": loss.detach()}
+            update(model, optimizer, x, y, F.cross_entropy, self.cfg.precision)
+            return {"loss": optimizer.last["loss"]}
 
         return self.run.loop(phase, total, self.stream, step, {"model": model, "optimizer": optimizer})
 
@@ -1530,7 +1470,7 @@ class Job:
         """A checkpoint for eval and --weights."""
         more.update(format=form, arch=self.cfg.arch, classes=self.classes, resolution=self.resolution)
         more.update(state=model.state_dict(), policy=policy and policy.to_json())
-        write_atomic(self.run.out / name, packed(more))
+        write_atomic(self.run.out / name, more)
 
     def finish(self, metrics, *words):
         """The last file, what was measured, and what to type next."""
@@ -1550,16 +1490,14 @@ def cmd_search(cfg):
     if not cfg.data:
         cfg.data = "cifar10" if (Path(cfg.data_root) / "cifar-10-batches-py").is_dir() else "digits"
         say(f"no --data: taking {cfg.data}; --data cifar10 downloads into {cfg.data_root}")
-    if cfg.random_weights and cfg.weights:
-        raise AsgaError("--random-weights and --weights: give one of them")
     job = Job(cfg, "policy.json")
-    budget, kept = plan(job.model, job.example, cfg.budget, settings)
+    budget = plan(job.model, job.example, cfg.budget, settings)
     job.start()
     untrained = cfg.random_weights or cfg.method == "uniform" and not cfg.weights
     fp_seconds = 0.0 if untrained else job.full_precision()
     torch.manual_seed(cfg.seed)
     began = time.monotonic()
-    run = Search(job.model, budget, kept, settings, job.inputs(4))
+    run = Search(job.model, budget, settings, job.inputs(4))
     seconds, objects = time.monotonic() - began, {"net": run.net, "optimizer": run.optimizer}
     seconds += job.run.loop("search", settings.steps, job.stream, run.step, objects)
     about = dict(method=cfg.method, seed=cfg.seed, seconds=round(seconds, 3), device=describe(job.device))
@@ -1578,9 +1516,9 @@ def cmd_search(cfg):
     for name, (w, a) in policy.layers.items():
         print(f"{w:7} {a:7} {human(policy.sizes[name].macs):>7}  {name}")
     spent = budget.spent(torch.tensor(list(policy.layers.values())).t().to(budget.lo))
-    print(f"cost      {human(policy.bops)} BOPs, {human(policy.weight_bits / 8)}B of weights")
+    print(f"cost      {human(policy.bops)} BOPs, {human(policy.cost['weight_bits'] / 8)}B of weights")
     print(f"budget    {cfg.budget}, {100 * spent:.2f} % spent")
-    print("mean      w {:.2f}, a {:.2f}, weighted by MACs".format(*policy.mean_bits))
+    print("mean      w {mean_w:.2f}, a {mean_a:.2f}, weighted by MACs".format(**policy.cost))
     job.finish(metrics, "transfer", job.run.out / "policy.json", "--data", "DIR")
 
 def cmd_transfer(cfg):
@@ -1588,7 +1526,8 @@ def cmd_transfer(cfg):
     policy = Policy.load(cfg.policy)
     cfg.arch = cfg.arch or policy.info["arch"]
     job = Job(cfg, "metrics.json")
-    policy = policy.measure(job.model, job.example)
+    policy.check(job.model, job.example)
+    policy.sizes = trace(job.model, job.example)
     job.start()
     metrics = {"policy_bops": policy.bops, "fp_seconds": job.full_precision()}
     torch.manual_seed(cfg.seed)
@@ -1695,10 +1634,8 @@ def main(argv=None):
         say(f"error: {error}")
     except OSError as error:  # a folder that may not be written to, a full disk
         say(f"error: {one_line(error)}: make room, or give another path")
-    except (RuntimeError, MemoryError) as error:  # of CUDA, of the CPU
-        if not re.search("MemoryError|CPUAllocator", repr(error)):
-            raise
-        say(f"error: out of memory ({one_line(error)}): lower --batch-size or --resolution")
+    except torch.OutOfMemoryError as error:
+        say(f"error: {one_line(error)}: lower --batch-size or --resolution")
     except KeyboardInterrupt as stop:
         where = [] if "--out" in argv or not getattr(cfg, "out", "") else ["--out", cfg.out]
         say(f"{str(stop) or 'stopped'}; go on with: python asga.py {shlex.join([*argv, *where])}")

@@ -81,7 +81,7 @@ class Bench:
         settings |= {"candidates_w": bits, "candidates_a": bits, "precision": self.precision}
         settings = asga.SearchSettings(steps=10 ** 6, **settings)
         plan = asga.plan(self.model, self.x[:1], "3bit", settings)
-        return asga.Search(self.model, *plan, settings, [self.x])
+        return asga.Search(self.model, plan, settings, [self.x])
 
     def search(self, quantizers=True, **settings):
         run = self.supernet(**settings)
@@ -128,11 +128,9 @@ def peak_bytes(bench, name):
 def measure(bench, rounds):
     """{"samples", "peak_bytes", "ratios"} of all variants, after three rounds that do not count."""
     variants, samples, ratios = {name: bench.make(name) for name in VARIANTS}, {}, {}
-    progress = asga.Progress("rounds", rounds)
-    for done in range(-2, rounds + 1):
+    for _ in asga.progress(range(rounds + 3), "rounds", rounds + 3):
         for name, step in variants.items():
             samples.setdefault(name, []).append(timed(step))
-        progress.show(max(0, done))
     samples = {name: times[3:] for name, times in samples.items()}
     memory = {name: peak_bytes(bench, name) for name in ("full_precision", "two_pass", "asga", "transfer")}
     for name, (_, _, to) in VARIANTS.items():
@@ -194,7 +192,7 @@ def main(argv=None):
     if min(args.rounds, args.batch_size, args.resolution) < 1:
         raise asga.AsgaError("--rounds, --batch-size and --resolution must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = {"device": asga.describe(device), **asga.versions(), "settings": vars(args)}
+    result = {"device": asga.describe(device), **asga.VERSIONS, "settings": vars(args)}
     if args.knapsack:
         result["knapsack"] = {arch: knapsack_times(arch) for arch in ("resnet50", "mobilenet_v2")}
     else:

@@ -84,7 +84,7 @@ def main(argv=None):
     job = asga.Job(cfg, "policy.json")
     settings = settings_of(cfg)
     plan = asga.plan(job.model, job.example, cfg.budget, settings)
-    run = asga.Search(job.model, *plan, settings, job.inputs(4))
+    run = asga.Search(job.model, plan, settings, job.inputs(4))
     if args.supernet:
         found = asga.read_checkpoint(args.supernet).get("state", {})
         if found.keys() != run.net.state_dict().keys():

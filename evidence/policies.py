@@ -36,7 +36,8 @@ class SoftmaxQuantizer(asga.Quantizer):
         s = torch.stack([q.steps for q in quantizers])  # [Q, K]
         _, n, p = torch.stack([q.grid for q in quantizers], 1)
         pi = torch.softmax(torch.stack([q.logits for q in quantizers]), 1)
-        return torch.stack([s + (s.clamp_min(asga.STEP_MIN) - s).detach(), n, p, pi], 1)
+        s = s.detach().clamp_min(asga.STEP_MIN) + (s - s.detach())
+        return torch.stack([s, n, p, pi], 1)
 
 class SoftmaxSearch(asga.Search):
     """asga.Search with softmax mixtures: in place of β their logits learn, and are tilted onto the budget.
@@ -88,7 +89,7 @@ class SoftmaxSearch(asga.Search):
 
 def choose(run, penalties):
     """The layers of least penalty within the budget. penalties: {bits: float} for each of run.quantizers."""
-    rows = zip(penalties[:len(run.budget.names)], penalties[len(run.budget.names):])
+    rows = zip(penalties[:len(run.budget.layers)], penalties[len(run.budget.layers):])
     return run.budget.choose([{(w, a): of_w[w] + of_a[a] for w in of_w for a in of_a} for of_w, of_a in rows])
 
 def distances(run, seed):
@@ -140,12 +141,12 @@ def main(argv=None):
     cfg = asga.parse(["search", "--steps", "200", *how, *flags])
     settings = settings_of(cfg)
     job = asga.Job(cfg, "policy.json")
-    budget, kept = asga.plan(job.model, job.example, cfg.budget, settings)
+    budget = asga.plan(job.model, job.example, cfg.budget, settings)
     job.start()
     if method != "random":
         job.full_precision()  # as `search`, where none is given
     batches = list(itertools.islice(job.stream(0), 4))
-    setup = job.model, budget, kept, settings, [x for x, _ in batches]
+    setup = job.model, budget, settings, [x for x, _ in batches]
     began = time.monotonic()
     run = SoftmaxSearch(*setup, weight=LOSS_WEIGHT * (kind == "loss-weight")) if kind else asga.Search(*setup)
     if method == "random":

@@ -247,7 +247,7 @@ def write(plan, places):
         raise asga.AsgaError(f"{places['work']} and {folder} hold no finished transfer: nothing to report")
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records.values())
-    asga.write_atomic(folder / "runs.jsonl", lines.encode())
+    asga.write_atomic(folder / "runs.jsonl", lines)
     ran = [f"{name} {len(records.keys() & jobs)}/{len(set(jobs))}" for name, jobs in plan.sections.items()]
     lack = [cell for cell, name in plan.transfers.items() if name not in records]
     lack = sorted({f"{cell.net} {cell.budget} {cell.method}" for cell in lack})
@@ -255,7 +255,7 @@ def write(plan, places):
     page = (f"# What came out\n\nRuns, of those planned: {', '.join(ran)}. Not run for every seed: "
             f"{', '.join(lack) or 'none'}. Searched on {' and '.join(devices)}. All runs: "
             "[runs.jsonl](reproduce/runs.jsonl).\n\n") + text(runs) + "\n" + plots(runs, folder)
-    asga.write_atomic(places["out"] / "reproduce.md", page.encode())
+    asga.write_atomic(places["out"] / "reproduce.md", page)
 
 def main():
     try:

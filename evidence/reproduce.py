@@ -114,7 +114,6 @@ def run_all(jobs, places, parallel):
     work, threads = places["work"], str(max(1, (os.cpu_count() or 1) // parallel))
     finished = {name for name, job in jobs.items() if (work / name / job.result).exists()}
     waiting, running = [name for name in jobs if name not in finished], {}
-    progress = asga.Progress("runs", len(jobs), len(finished))
     try:
         while waiting or running:
             ready = [name for name in waiting if finished.issuperset(jobs[name].needs)]
@@ -130,7 +129,7 @@ def run_all(jobs, places, parallel):
                     asga.say(f"failed, see {work / name}.log")
                 else:
                     finished.add(name)
-                progress.show(len(jobs) - len(waiting) - len(running))
+                asga.say(f"{len(jobs) - len(waiting) - len(running)} of {len(jobs)} runs")
     finally:
         for process in running.values():
             process.terminate()

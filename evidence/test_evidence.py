@@ -30,7 +30,7 @@ def small(kind=asga.Search, **more):
                         nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 3))
     x, y = torch.randn(12, 3, 6, 6), torch.arange(12) % 3
     settings = asga.SearchSettings(candidates_w=(2, 4, 5), candidates_a=(2, 3, 4, 8), steps=10, **more)
-    return kind(net, *asga.plan(net, x[:1], "3bit", settings), settings, [x]), x, y
+    return kind(net, asga.plan(net, x[:1], "3bit", settings), settings, [x]), x, y
 
 def test_verdicts_and_gains():
     assert report.verdict([1.0, 1.1, 0.9, 1.0]) == report.verdict([-0.1, -0.2, -0.15], 0.5) == "holds"
