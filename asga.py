@@ -7,13 +7,13 @@ An open reference implementation, in one file and not by the authors, of
     python asga.py search                                    bits per layer, found on the proxy set
     python asga.py transfer runs/…/policy.json --data DIR    the same bits on the target set, weights tuned
 
-First the method: quantizer, supernet, cost and budget, ASGA optimizer, search. After the banner "the method
-ends here": policy, speed, networks, data, runs, commands.
+First the method, to the banner "the method ends here": quantizer, supernet, cost and budget, ASGA, search.
 The paper's symbols: θ = (w, s, β) weights, quantizer steps, real-valued bitwidths; L loss; g its gradient;
-ρ radius; h = L_p − L gap; α alignment step; C(β) expected cost, C* budget. "Our choice" marks what the
-paper leaves open; README.md numbers these choices.
+ρ radius; h = L_p − L gap; α alignment step; C(β) expected cost, C* budget. "Our choice" marks what it
+leaves open; README.md numbers these choices.
 """
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -26,14 +26,11 @@ import math
 import os
 import platform
 import re
-import shlex
 import signal
-import socket
 import sys
 import time
 import types
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,14 +42,13 @@ STEP_MIN = 1e-20  # least quantizer step: far below real ones, far above denorma
 VERSIONS = {"asga": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 class AsgaError(ValueError):
-    """What a user can mend: one line with the value and the remedy. The command line exits with 2."""
+    """What a user can mend, in one line. The command line exits with 2."""
 
-# ------------------------------------------------------------------------------
+# ------------------------------
 # Quantizer: LSQ, with one candidate bitwidth (deployment) or a mixture of several (search)
 
 def mix_forward(x, row):
     """Σ_k π_k Q_k(x) with Q_k(x) = s_k · clamp(round(x / s_k), n_k, p_k)  (LSQ, Esser et al. 2020, eq. 1-2).
-
     x: any shape. row: [4, K], float32 or wider: steps s above 0, whole bounds n and p, mixture weights π."""
     s, n, p, pi = row
     wide = x.to(row.dtype)  # half precisions: computed in float32, rounded at the end
@@ -63,7 +59,6 @@ def mix_forward(x, row):
 
 def mix_backward(grad, x, row):
     """The declared straight-through gradients of mix_forward: (∂x, ∂row [4, K]). Rounding's own is zero.
-
     ∂Q/∂x = 1 where n ≤ x/s ≤ p, else 0.
     ∂Q/∂s = round(x/s) − x/s inside, n below, p above (LSQ eq. 3), times LSQ's gradient scale 1/√(numel · p).
     ∂Q/∂π_k = Q_k − Q_1: as Σπ = 1, what is the same for all k changes nothing, and this spares a sum."""
@@ -86,8 +81,7 @@ def mix_backward(grad, x, row):
     return (grad_wide * passed).to(x.dtype), grad_row
 
 class FakeQuantize(torch.autograd.Function):
-    """mix_forward and mix_backward as one differentiable function; only x is kept for the backward pass.
-    Section "speed" puts compiled ones in their place; who compiles the whole network sees the formulas."""
+    """Both as one differentiable function. Section "speed" compiles them; a whole network's compiler does."""
     value, gradients = mix_forward, mix_backward
 
     @staticmethod
@@ -101,8 +95,7 @@ class FakeQuantize(torch.autograd.Function):
         return (mix_backward if plain else FakeQuantize.gradients)(grad, *ctx.saved_tensors)
 
 def mse_optimal_step(x, n, p):
-    """The step s > 0 that minimizes Σ (Q(x) − x)² over the sample x [N] for the integer range [n, p].
-    A coarse grid finds the basin, a fine one its floor; alternating least squares refines that."""
+    """The step s > 0 that minimizes Σ (Q(x) − x)² over the sample x [N] for the integer range [n, p]."""
     s = x.abs().max() / p
     if not 0 < s < math.inf:  # nothing to fit, or not a number
         return torch.full_like(s, 1 / p)
@@ -119,13 +112,10 @@ def mse_optimal_step(x, n, p):
 
 class Quantizer(nn.Module):
     """Tensor in, fake-quantized tensor out: Q_b(x) for one candidate bitwidth b (plain LSQ), else a mixture.
-
     bits: one int or several, 2 to 16. signed: integers −2^(b−1) … 2^(b−1)−1 if True, 0 … 2^b−1 if False; if
-    None, unsigned where calibration saw no negative value.
-    `beta`, 0-dim, is the bitwidth itself. Of several candidates the two beside it are mixed, with weights 1−λ
-    and λ = (β − b_lo)/(b_hi − b_lo) (our choice, after FracBits, Yang & Jin 2021). On a candidate that one
-    alone speaks, and ∂/∂β looks up (on the last, down). `steps` [K] are learned; NaN until calibrated.
-    `enabled = False` makes it the identity."""
+    None, unsigned where calibration saw no negative value. `beta`, 0-dim, is the bitwidth itself: it mixes
+    the two candidates beside it by 1−λ and λ = (β − b_lo)/(b_hi − b_lo) (our choice, after FracBits, Yang &
+    Jin 2021). `steps` [K] are learned, NaN until calibrated. `enabled = False` makes it the identity."""
 
     def __init__(self, bits, signed=None):
         super().__init__()
@@ -135,10 +125,7 @@ class Quantizer(nn.Module):
         self.register_buffer("grid", torch.zeros(3, len(self.bits), dtype=torch.int32))  # rows: bits, n, p
         self.set_signed(signed is None or signed)
         beta = torch.tensor(sum(self.bits) / len(self.bits))
-        if len(self.bits) > 1:
-            self.beta = nn.Parameter(beta)
-        else:
-            self.register_buffer("beta", beta)
+        self.beta = nn.Parameter(beta, requires_grad=len(self.bits) > 1)
 
     def set_signed(self, signed):
         b = torch.tensor(self.bits, dtype=torch.int32)
@@ -153,7 +140,7 @@ class Quantizer(nn.Module):
         return x
 
     def observe(self, x, limit=65536):
-        """Keep what calibrate() needs of x: whether any value is negative, and at most `limit` of them."""
+        """Keep of x whether any value is negative, and at most `limit` values."""
         negative, x = bool((x < 0).any()), x.flatten()
         if len(x) > limit:
             draw = torch.randint(len(x), (limit,), generator=torch.Generator().manual_seed(0))
@@ -186,7 +173,7 @@ class Quantizer(nn.Module):
         """[Q, 4, K]: rows (s, n, p, π) of Q quantizers with equally many candidates; K is 2, or 1 for one."""
         s = torch.stack([q.steps for q in quantizers])  # [Q, candidates]
         s = s.to(torch.promote_types(s.dtype, torch.float32))
-        b, n, p = torch.stack([q.grid for q in quantizers], 1)  # the same, each
+        b, n, p = torch.stack([q.grid for q in quantizers], 1)
         pi = torch.ones_like(s)
         if s.shape[1] > 1:
             beta = torch.stack([q.beta for q in quantizers])[:, None]  # [Q, 1]
@@ -200,14 +187,13 @@ class Quantizer(nn.Module):
         s = s.detach().clamp_min(STEP_MIN) + (s - s.detach())  # likewise a step perturbed to or below 0
         return torch.stack([s, n, p, pi], 1)
 
-# ------------------------------------------------------------------------------
-# Supernet: every Conv2d and Linear of any network gets a quantizer on its weight and one on its input
+# ------------------------------
+# Supernet: every Conv2d and Linear of any network gets a quantizer on its weight and on its input
 
 class Operands(torch.overrides.TorchFunctionMode):
     """While one layer's own forward runs, F.conv2d(x, w) becomes F.conv2d(Q_a(x), Q_w(w)); F.linear likewise.
-
-    There, and not on `layer.weight`, as subclasses pad by hand or standardize their weights: what must be on
-    the integer grid is what the hardware multiplies. Products with weights of another shape stay."""
+    There, and not on `layer.weight`: subclasses may pad by hand or standardize weights, and what hardware
+    multiplies must be on the integer grid. Products with weights of another shape stay."""
     names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
 
     def __init__(self, layer):
@@ -224,12 +210,11 @@ class Operands(torch.overrides.TorchFunctionMode):
         return func(**named)
 
 def quantized_forward(layer, *args, **kwargs):
-    """The layer's own forward, on quantized operands."""
     with Operands(layer):
         return type(layer).forward(layer, *args, **kwargs)
 
 def attach(layer, weight_quantizer, input_quantizer):
-    """Give a layer its quantizers: same weight, same state-dict keys, same forward, quantized operands."""
+    """Give a layer its quantizers; weight, state-dict keys and forward stay."""
     layer.operand_shape = layer.weight.shape
     layer.weight_quantizer = weight_quantizer.to(layer.weight.device)
     layer.input_quantizer = input_quantizer.to(layer.weight.device)
@@ -237,8 +222,8 @@ def attach(layer, weight_quantizer, input_quantizer):
     torch.backends.mha.set_fastpath_enabled(False)  # torch's fused transformer layers would bypass it
 
 def attach_quantizers(model, choices):
-    """A copy of `model` whose layers named in choices {name: (bits w, bits a)} are quantized, not calibrated.
-    Layers that are quantized already must get one of their bitwidths, and keep the step learned for it."""
+    """A copy of `model`, its layers in choices {name: (bits w, bits a)} quantized, not calibrated. Those that
+    are quantized already must get one of their bitwidths, and keep the step learned for it."""
     model = copy.deepcopy(model)
     found = layers_of(model)
     for name, (w, a) in choices.items():
@@ -248,44 +233,37 @@ def attach_quantizers(model, choices):
         elif w in layer.weight_quantizer.bits and a in layer.input_quantizer.bits:
             attach(layer, layer.weight_quantizer.select(w), layer.input_quantizer.select(a))
         else:
-            raise AsgaError(f"layer {name} is quantized already, not to {w} and {a} bit: take the original")
+            raise AsgaError(f"layer {name} is quantized already, not to {w}, {a} bit: take the original")
     return model
 
 def layers_of(model):
-    """{name: module} of what can be quantized, in the order of registration."""
+    """{name: layer} of what can be quantized."""
     return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 def quantized_layers(model):
-    """{name: layer} of a quantized model's layers; each has `weight_quantizer` and `input_quantizer`."""
+    """{name: layer} of those that have `weight_quantizer` and `input_quantizer`."""
     return {name: m for name, m in layers_of(model).items() if hasattr(m, "weight_quantizer")}
 
 def quantizers_of(model):
-    """All quantizers in a model."""
     return [m for m in model.modules() if isinstance(m, Quantizer)]
 
 def calibrate(model, batches):
-    """Set the steps of all quantizers that `batches` (each a tensor or a tuple of arguments) reach, from
-    full-precision passes in eval mode."""
+    """Set all quantizers' steps from full-precision passes of `batches` (tensors or tuples) in eval mode."""
     found = quantizers_of(model)
     for q in found:
         q.sample = []
-    try:
-        with evaluating(model):
-            for batch in batches:
-                model(*as_args(batch))
-        for q in found:
-            q.calibrate()
-    finally:
-        for q in found:
-            q.sample = None
+    with evaluating(model):
+        for batch in batches:
+            model(*as_args(batch))
+    for q in found:
+        q.calibrate()
 
 def quantize(model, bits_or_policy, example_inputs, *, keep=8):
     """A quantized, calibrated copy of any nn.Module; the argument stays as it was.
-
-    bits_or_policy: an int; several, or {"w": ints, "a": ints}: the candidates of a supernet; or a Policy.
-    example_inputs: real data, a tensor or a tuple of arguments; layers that it does not reach stay in full
-    precision. keep: see edge_bits (a policy names every layer). A supernet quantized with a policy keeps the
-    steps that it learned. Tune with step_guard. Raises AsgaError where policy and network do not fit."""
+    bits_or_policy: an int; several, or {"w": ints, "a": ints}: candidates of a supernet; or a Policy.
+    example_inputs: real data, a tensor or a tuple of arguments; layers that it does not reach stay as they
+    are. keep: see edge_bits. A supernet keeps the steps that it learned. AsgaError where a policy does not
+    fit. Tune with step_guard."""
     if isinstance(bits_or_policy, Policy):
         bits_or_policy.check(model, example_inputs)
         choices = bits_or_policy.layers
@@ -301,8 +279,8 @@ def quantize(model, bits_or_policy, example_inputs, *, keep=8):
 
 @contextlib.contextmanager
 def step_guard(model):
-    """`with step_guard(model): optimizer.step()`: no quantizer step more than halves or doubles in an update.
-    A scale below zero would silence its layer. `as clamp`: clamp() does so at once, in a closure."""
+    """`with step_guard(model): optimizer.step()`: no quantizer step more than halves or doubles, as one below
+    zero would silence its layer. `as clamp`: clamp() does so at once, in a closure."""
     steps = [q.steps.data for q in quantizers_of(model)]
     before = [s.clone() for s in steps]
 
@@ -314,54 +292,45 @@ def step_guard(model):
     yield clamp
     clamp()
 
-# ------------------------------------------------------------------------------
+# ------------------------------
 # Cost and budget: bit operations and bytes, and a hard constraint on them
 
 BUDGET_HELP = "3bit (the cost of uniform 3/3), 7.2G (BOPs), 4.5MB (of weights), 0.05x (of the 32-bit BOPs)"
 SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
-class LayerCost(NamedTuple):
-    """Multiply-accumulates of one image through one layer, and the numbers in its weight."""
-    macs: int
-    numel: int
+# of one layer: multiply-accumulates of one image, and the numbers in its weight
+LayerCost = collections.namedtuple("LayerCost", "macs numel")
 
 def trace(model, example_inputs):
-    """{name: LayerCost} of the Conv2d and Linear that a forward pass calls, in call order, over all calls.
-    example_inputs: a tensor [N, C, H, W] or a tuple of arguments."""
+    """{name: LayerCost} of the Conv2d and Linear that a pass calls, in call order, over all calls."""
     args, macs = as_args(example_inputs), {}
 
     def count(layer, inputs, out):
         macs[layer] = macs.get(layer, 0) + out.numel() * layer.weight[0].numel() // len(args[0])
 
     names = {layer: name for name, layer in layers_of(model).items()}
-    hooks = [layer.register_forward_hook(count) for layer in names]
-    try:
-        with evaluating(model):
-            model(*args)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluating(model), contextlib.ExitStack() as hooks:
+        for layer in names:
+            hooks.enter_context(layer.register_forward_hook(count))
+        model(*args)
     return {names[layer]: LayerCost(total, layer.weight.numel()) for layer, total in macs.items()}
 
 def edge_bits(names, keep):
-    """{name: bits} of the layers that a search leaves alone. keep: {name: bits}; an int, the bits of the
-    first and the last layer; or None."""
+    """{name: bits} of layers left alone. keep: such a dict; an int, for the first and last layer; or None."""
     if not names:
-        raise AsgaError("the network uses no Conv2d and no Linear layer: there is nothing to quantize")
+        raise AsgaError("the network calls no Conv2d and no Linear: there is nothing to quantize")
     kept = {names[0]: keep, names[-1]: keep} if isinstance(keep, int) else keep or {}
     for name in kept:
         check_bits(kept[name], "keep: ")
         if name not in names:
-            raise AsgaError(f"keep names layer {name!r}, which the network lacks: it has {', '.join(names)}")
+            raise AsgaError(f"keep: the network has no layer {name!r}, but {min(names)!r} …")
     return kept
 
 class Budget:
-    """Bounds on the cost of a policy over given layers, and the projection that keeps a search on them.
-
+    """Bounds on the cost of a policy, and the projection that keeps a search on them.
     BOPs_l = macs_l · w_l · a_l, weight bits_l = numel_l · w_l. spec: BUDGET_HELP; a comma joins two. layers:
-    {name: LayerCost}. kept: {name: bits} of fixed layers, in "3bit" too. w, a: the bits that others choose
-    from. lo, hi [2, L]: least and most of them; row 0 weights, row 1 activations. AsgaError for a spec that
-    cannot be met."""
+    {name: LayerCost}. kept: {name: bits} of fixed layers, in "3bit" too. w, a: bits that the others choose
+    from. All bits are [2, L]: row 0 weights, row 1 activations. AsgaError for what cannot be met."""
 
     def __init__(self, spec, layers, kept, w, a, device="cpu"):
         self.spec, self.layers = str(spec), layers
@@ -390,7 +359,7 @@ class Budget:
             return 0, self.cost(torch.where(self.kept, self.lo, number))[0].item()
         if unit == "x":
             return 0, number * 32 * 32 * self.sizes[0].sum().item()
-        if unit.endswith("B") and size in SCALES:  # a small b would be bits
+        if unit.endswith("B") and size in SCALES:
             return 1, number * SCALES[size] * 8
         if prefix and prefix in SCALES:
             return 0, number * SCALES[prefix]
@@ -414,8 +383,7 @@ class Budget:
         return slope
 
     def along(self, bits, slope):
-        """The point of the line bits − t · slope, clamped to [lo, hi], that spends 1, from below; [2, L].
-        Each round looks at 257 points, which is 8 of bisection, and never asks the device."""
+        """The point of the line bits − t · slope, clamped to [lo, hi], that spends 1; without a wait."""
         def at(t):
             return (bits - t * slope).clamp(self.lo, self.hi)
 
@@ -429,8 +397,8 @@ class Budget:
         return at(right)
 
     def project(self, bits):
-        """bits [2, L] moved along ∓∇ log C onto C = C*, within [lo, hi]; as they are if they meet it to 1e-6.
-        Both ways: unspent budget is lost accuracy (our choice, in place of a loss weight). float64."""
+        """bits moved along ∓∇ log C onto C = C*, within [lo, hi]; as they are if they meet it to 1e-6.
+        Both ways: unspent budget is lost accuracy (our choice, in place of a loss weight)."""
         bits = bits.double().clamp(self.lo, self.hi)
         met = (self.spent(bits) - 1).abs() <= 1e-6
         return torch.where(met, bits, self.along(bits, self.gradient(bits)))
@@ -440,8 +408,8 @@ class Budget:
         return self.along(torch.full_like(self.lo, self.lo.min()), torch.ones_like(self.lo))
 
     def choose(self, penalties):
-        """{name: (w, a)}: the whole-bit policy of least total penalty that spends 99 to 100 % of the budget.
-        penalties: for each layer {(w, a): float} over its possible bits. Exact: see knapsack."""
+        """{name: (w, a)}: the whole bits of least total penalty that spend 99 to 100 % of the budget, by the
+        exact knapsack. penalties: for each layer {(w, a): float} over its possible bits."""
         bounded, values, costs = (self.limits < math.inf).cpu(), [], []
         for (macs, numel), options in zip(self.sizes.t().tolist(), penalties):
             w, a = torch.tensor(list(options), dtype=torch.float64).t()
@@ -450,12 +418,11 @@ class Budget:
         chosen = knapsack(values, costs, self.limits.cpu()[bounded])
         return {name: list(options)[i] for name, options, i in zip(self.layers, penalties, chosen)}
 
-# ------------------------------------------------------------------------------
+# ------------------------------
 # ASGA optimizer. This section stands alone: copied into a file under `import torch` it works on any model.
 
 def adaptive_radius(gap, rho_min, rho_max):
-    """ρ = clip(ln(1 + max(h, 0)), ρ_min, ρ_max)  (ASGA: min(ρ_max, ln(h + 1)); the floor is our choice).
-    A gap that is no number says nothing about sharpness: it gets the cautious ρ_min."""
+    """ρ = clip(ln(1 + max(h, 0)), ρ_min, ρ_max)  (ASGA: min(ρ_max, ln(h + 1)); the floor is our choice)."""
     rho = torch.log1p(torch.as_tensor(gap).clamp(min=0))
     return rho.nan_to_num(nan=rho_min, posinf=rho_max).clamp(rho_min, rho_max)
 
@@ -472,9 +439,9 @@ class ASGA(torch.optim.Optimizer):
 
     `step(closure)` is closure, `ascend`, closure, `descend`; the closure clears gradients, runs forward and
     backward and returns the loss. Neither half waits for the device. Without `buffers` BatchNorm's statistics
-    move in both passes. alpha=0, adaptive=False, project=False, direction="perturbed" is SAM (Foret et al.
-    2021); alpha=0, rho_max=0 is the base optimizer, in one pass. `last` holds loss, perturbed_loss, gap, rho,
-    grad_norm, cos and projected of the last step, as 0-dim tensors."""
+    move twice. alpha=0, adaptive=False, project=False, direction="perturbed" is SAM (Foret et al. 2021);
+    alpha=0, rho_max=0 is the base optimizer, in one pass. `last`: loss, perturbed_loss, gap, rho, grad_norm,
+    cos and projected of the last step, as 0-dim tensors."""
 
     def __init__(self, params, base_class, *, rho_min, rho_max, alpha, adaptive=True, project=True,
                  direction="mean", buffers=(), **base_settings):
@@ -551,7 +518,6 @@ class ASGA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def one_pass(self, loss):
-        """The base optimizer itself."""
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm, zero = torch.nn.utils.get_total_norm(grads), torch.zeros_like(loss)
         self.last = dict(loss=loss, perturbed_loss=loss, gap=zero, rho=zero, grad_norm=norm, cos=zero + 1,
@@ -568,7 +534,7 @@ class ASGA(torch.optim.Optimizer):
         self.base.load_state_dict({key: state[key] for key in ("state", "param_groups")})
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
-# ------------------------------------------------------------------------------
+# ------------------------------
 # Search: weights, steps and bits of the supernet together, C(β) = C* after every step
 
 METHODS = {
@@ -580,28 +546,27 @@ METHODS = {
 }
 
 def option(default, help, choices=None):
-    """A field of SearchSettings, with what its command-line flag needs."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 @dataclasses.dataclass
 class SearchSettings:
     """What search() takes as keywords and the command line as flags."""
-    method: str = option("asga", "sagm: fixed radius; joint: no sharpness; uniform: no search", list(METHODS))
+    method: str = option("asga", "sagm: fixed radius; joint: no sharpness", list(METHODS))
     steps: int = option(400, "optimization steps")
     candidates_w: tuple = option(CANDIDATES, "bitwidths for weights")
     candidates_a: tuple = option(CANDIDATES, "bitwidths for activations")
-    keep: int = option(8, "bits of the first and the last layer, which no search touches")
+    keep: int = option(8, "bits of the first and the last layer")
     rho_min: float = option(0.005, "least radius of the perturbation")
-    rho_max: float = option(0.05, "largest radius; the fixed one with --no-adaptive")
+    rho_max: float = option(0.05, "largest radius, fixed with --no-adaptive")
     alpha: float = option(0.001, "step of the implicit gradient alignment")
     adaptive: bool = option(True, "radius follows the gap, rho = ln(1 + h)")
     project: bool = option(True, "remove from g_p what opposes g")
     direction: str = option("mean", "step along (g + g_p)/2, or along g_p", ["mean", "perturbed"])
-    lr: float = option(0.01, "learning rate of weights and quantizer steps (cosine to zero)")
-    lr_beta: float = option(4.0, "learning rate of the bitwidths, in bits (cosine to zero)")
+    lr: float = option(0.01, "of weights and quantizer steps (cosine to zero)")
+    lr_beta: float = option(4.0, "of the bitwidths, in bits (cosine to zero)")
     momentum: float = option(0.9, "momentum of SGD")
-    weight_decay: float = option(1e-4, "weight decay of convolution and matrix weights")
-    precision: str = option("float32", "bf16: forward passes under torch's autocast", ["float32", "bf16"])
+    weight_decay: float = option(1e-4, "of convolutions and matrices")
+    precision: str = option("float32", "bf16: under autocast", ["float32", "bf16"])
 
     def __post_init__(self):
         self.candidates_w, self.candidates_a = check_bits(self.candidates_w), check_bits(self.candidates_a)
@@ -609,31 +574,21 @@ class SearchSettings:
             name, value, known = field.name, getattr(self, field.name), field.metadata["choices"]
             if known and value not in known:
                 raise AsgaError(f"unknown {name} {value!r}: use one of {', '.join(known)}")
-            if field.type is float and not 0 <= value < math.inf:
-                raise AsgaError(f"{name} {value} must be a finite number, 0 or more")
             fixed = METHODS[self.method].get(name, value)
             if value not in (fixed, field.default):
                 say(f"{name} {value} is not used: method {self.method} is defined by {name} {fixed}")
-            setattr(self, name, fixed)  # recorded is what runs
-        if self.steps < 1 and self.method != "uniform":
-            raise AsgaError(f"steps {self.steps} leaves nothing to search: give at least 1")
+            setattr(self, name, fixed)
         if self.rho_min > self.rho_max:
             raise AsgaError(f"rho_min {self.rho_min} is above rho_max {self.rho_max}: exchange them")
 
 def plan(model, example_inputs, budget, settings):
-    """The Budget of a search, before any training; AsgaError if it cannot be met.
-    example_inputs, for the MACs: at the resolution that will be deployed."""
+    """The Budget of a search; AsgaError if it cannot be met. example_inputs: at the size to deploy."""
     layers, device = trace(model, example_inputs), next(model.parameters()).device
     kept = edge_bits(list(layers), settings.keep)
-    kinds = nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear
-    full = [name for name, m in model.named_modules() if isinstance(m, kinds) and name not in layers]
-    if full:
-        say(f"in full precision, outside the budget (no Conv2d or Linear that is called): {', '.join(full)}")
     return Budget(budget, layers, kept, settings.candidates_w, settings.candidates_a, device)
 
 class Search:
     """A supernet on its way to a policy: step(x, y, done) for done = 0 … steps − 1, then policy().
-
     model: full precision (stays as it was). budget: of plan(). batches: inputs to calibrate with."""
 
     def __init__(self, model, budget, settings, batches, loss_fn=F.cross_entropy):
@@ -646,7 +601,6 @@ class Search:
         images.steps.requires_grad_(len(images.bits) > 1)  # else it takes their gradient (our choice)
         self.quantizers = [layer.weight_quantizer for layer in layers]
         self.quantizers += [layer.input_quantizer for layer in layers]  # 2L, in the order of bits()
-        self.candidates = nn.utils.rnn.pad_sequence([q.grid[0] for q in self.quantizers], True)  # [2L, K]
         self.beta = [q.beta for q in self.quantizers if len(q.bits) > 1]
         groups = parameter_groups(self.net, settings.lr, settings.weight_decay, apart=self.beta)
         if self.beta:
@@ -663,7 +617,6 @@ class Search:
 
     @torch.no_grad()
     def write(self, bits):
-        """bits [2, L] into the quantizers; a fixed one has a single choice."""
         torch._foreach_copy_([q.beta for q in self.quantizers], list(bits.flatten().unbind()))
 
     def step(self, x, y, done):
@@ -672,14 +625,13 @@ class Search:
         update(self.net, self.optimizer, x, y, self.loss_fn, self.settings.precision)
         self.write(self.budget.project(self.bits()))
         bits = self.bits()
-        distance = (self.candidates - bits.view(-1, 1)).abs().amin(1).sum() / max(1, len(self.beta))
-        return {**self.optimizer.last, "expected_cost": self.budget.cost(bits)[0], "beta_distance": distance,
-                "bits": bits.double().round(decimals=3)}
+        cost = self.budget.cost(bits)[0]
+        return {**self.optimizer.last, "expected_cost": cost, "bits": bits.double().round(decimals=3)}
 
     def policy(self, **info):
-        """The whole-bit Policy nearest to the present bits within the budget. info: more keys of the file."""
+        """The Policy nearest to the present bits within the budget. info: more keys of the file."""
         if not self.bits().isfinite().all():
-            raise AsgaError("the bitwidths are no longer numbers: lower lr or lr_beta, check the data")
+            raise AsgaError("the bitwidths are no longer numbers: lower lr or lr_beta")
         penalties = []
         for (w, a), choice in zip(self.bits().t().tolist(), self.budget.choices.values()):
             layer = {(i, j): (i - w) ** 2 + (j - a) ** 2 for i, j in itertools.product(*choice)}
@@ -695,12 +647,10 @@ class Search:
 
 def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None, **settings):
     """Search a Policy for `model` (full precision, trained; stays as it was) on a proxy data set.
-
-    batches: (inputs, targets) pairs, to be iterated again and again (a list, a DataLoader); inputs: a tensor
-    or a tuple of arguments. loss_fn(outputs, targets) → scalar; it gets the first of several outputs. budget:
-    BUDGET_HELP. example_inputs: what MACs are counted on, at the resolution that you deploy (default: the
-    first image). on_step(step, record): called after each. settings: fields of SearchSettings. AsgaError for
-    settings and budgets that make no sense, before any training."""
+    batches: (inputs, targets) pairs, again and again (a list, a DataLoader); inputs: a tensor or a tuple of
+    arguments. loss_fn(outputs, targets) → scalar; of several outputs it gets the first. budget: BUDGET_HELP.
+    example_inputs: what MACs are counted on, at the size that you deploy (default: the first image).
+    on_step(step, record): called after each. settings: of SearchSettings. AsgaError before training."""
     settings, device = SearchSettings(**settings), next(model.parameters()).device
 
     def move(inputs):
@@ -720,23 +670,23 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
         if on_step:
             on_step(done, record)
     seconds, chosen = round(time.monotonic() - began, 3), dataclasses.asdict(settings)
-    return run.policy(search={"method": settings.method, "seconds": seconds, "device": describe(device),
-                              "settings": chosen})
+    about = dict(method=settings.method, seconds=seconds, device=describe(device), settings=chosen)
+    return run.policy(search=about)
 
-# ==============================================================================
+# ==============================
 # The method ends here. What follows serves it: policy, speed, networks, data, runs, commands.
 
-# ------------------------------------------------------------------------------
+# ------------------------------
 # Policy: whole bits for every layer, and the file that carries them
 
 def knapsack(values, costs, limits, fill=0.99):
-    """Exact multiple-choice knapsack: L ints, the choices of least Σ value within `limits` that spend `fill`
-    of one of them; where none do, the dearest. values: L tensors [n_l]. costs: L tensors [n_l, K], whole
-    numbers. limits: [K]. AsgaError if none fits."""
-    costs, limits = [c.double() for c in costs], limits.double().floor()  # exact up to 2^53
+    """Exact multiple-choice knapsack: L ints, the choices of least Σ value within `limits` [K] that spend
+    `fill` of one of them; where none do, the dearest. values: L tensors [n_l]; costs: L of whole numbers,
+    [n_l, K]. AsgaError if none fits."""
+    costs, limits = [c.double() for c in costs], limits.double().floor()
     found = best_choice(values, costs, limits, fill) or best_choice(values, costs, limits, 0)
     if not found:
-        raise AsgaError(f"budget {limits.tolist()} cannot be met: no policy keeps all its bounds at once")
+        raise AsgaError(f"budget {limits.tolist()} cannot be met by any policy: raise one")
     while math.nextafter(found[0], 2) < fill:  # by bisection: the dearest spends between these two
         middle = max(math.nextafter(found[0], 2), (found[0] + fill) / 2)
         dearer = best_choice(values, costs, limits, middle)
@@ -745,11 +695,9 @@ def knapsack(values, costs, limits, fill=0.99):
 
 def best_choice(values, costs, limits, fill):
     """(share spent, L ints) of the least value within the limits that spends `fill` of one of them; or None.
-
-    The bound of Lagrange, Σ_l min(v + μ · share) − Σ μ, for the best μ ≥ 0 on a finer and finer grid (one
-    limit: also for μ < 0, less fill · μ) says what each choice adds to Σ value at least. Then layer by layer
-    it keeps what may lead there: within the limits, able to reach the fill, best of its cost, bounded below
-    the best value known. Few kept find a good choice; where none had to go, it is proved."""
+    Lagrange's bound Σ_l min(v + μ · share) − Σ μ, best μ ≥ 0 by finer and finer grids (one limit: also
+    μ < 0, less fill · μ), says what each choice adds at least. Layer by layer it keeps what is within the
+    limits, able to fill, best of its cost, bounded below the best value known; a proof if none had to go."""
     v = nn.utils.rnn.pad_sequence(values, True, math.inf)[..., None]  # [L, n, 1]
     shares = nn.utils.rnn.pad_sequence([c / limits for c in costs], True)  # [L, n, K]
     mu, axis = 1, torch.cat([torch.zeros(1), torch.logspace(-3, 5, 33)]).double()
@@ -785,15 +733,15 @@ def best_choice(values, costs, limits, fill):
             found = (cost[i] / limits).max().item(), picks[i].tolist()
         if complete:
             return found
-    say("the knapsack is too large to prove its optimum; the best policy found is used")
+    say("the policy is the best one found; the knapsack is too large for a proof")
     return found
 
 def check_bits(bits, where=""):
-    """bits (an int or several) as a sorted tuple of different ints in 2…16; AsgaError begins with `where`."""
+    """bits (an int or several) as a sorted tuple of ints in 2…16; AsgaError begins with `where`."""
     found = tuple(bits) if isinstance(bits, (tuple, list, range)) else (bits,)
     possible = all(type(b) is int and 2 <= b <= 16 for b in found)
     if not found or not possible or len(set(found)) < len(found):
-        raise AsgaError(f"{where}bitwidths {list(found)}: give bits, different whole numbers from 2 to 16")
+        raise AsgaError(f"{where}bitwidths {list(found)}: give different whole numbers from 2 to 16")
     return tuple(sorted(found))
 
 def write_atomic(path, content):
@@ -817,13 +765,11 @@ def read_json(path):
         raise AsgaError(f"{path} is no JSON of asga.py ({one_line(error)}): give another") from None
 
 def write_json(path, data):
-    """Readable JSON: an entry a line, two levels deep."""
     text = re.sub(r"\n {2,}([}\]])", r"\1", json.dumps(data, indent=1))
     write_atomic(path, re.sub(r"\n {3,}", " ", text + "\n"))
 
 class Policy:
-    """Bits of every quantized layer, in network order: layers {name: (w, a)}; sizes {name: LayerCost}, of the
-    network they were made for; info, the other keys of the file."""
+    """layers {name: (w, a)}, in network order; sizes {name: LayerCost}; info, the other keys of the file."""
 
     def __init__(self, layers, sizes=None, info=None):
         self.layers, self.sizes, self.info = layers, sizes or {}, info or {}
@@ -832,8 +778,7 @@ class Policy:
 
     @property
     def cost(self):
-        """Exact ints bops = Σ macs · w · a, of one image, and weight_bits = Σ numel · w; the means of w and a
-        are weighted by MACs."""
+        """Exact ints bops = Σ macs · w · a and weight_bits = Σ numel · w; means, weighted by MACs."""
         rows = [(*self.sizes[name], w, a) for name, (w, a) in self.layers.items()]
         macs = sum(m for m, *_ in rows)
         return {"bops": sum(m * w * a for m, _, w, a in rows),
@@ -846,20 +791,18 @@ class Policy:
         return self.cost["bops"]
 
     def check(self, model, example_inputs=None):
-        """AsgaError with a layer that does not fit `model`; the last may have other outputs, and those that
-        example_inputs do not reach need no bits."""
+        """AsgaError with a layer that does not fit; the last may have other outputs, and those that
+        example_inputs do not reach no bits."""
         found, where = layers_of(model), f"policy for another network than {type(model).__name__}"
         reached = found if example_inputs is None else trace(model, example_inputs)
-        for name in sorted(self.layers.keys() ^ reached.keys()):
-            owner = "policy" if name in self.layers else "network"
-            raise AsgaError(f"{where}: only the {owner} uses layer {name!r}")
+        if strange := self.layers.keys() ^ reached.keys():
+            raise AsgaError(f"{where}: only one of both uses layer {min(strange)!r}")
         for name, (_, there) in self.sizes.items():
             here, row = found[name].weight.numel(), found[name].weight[0].numel()
             if there % row or there != here and name != list(self.layers)[-1]:
                 raise AsgaError(f"{where}: {there} weights in layer {name!r}, here {here}")
 
     def to_json(self):
-        """The file's content as a dict."""
         layers = {n: {"w": w, "a": a, **self.sizes[n]._asdict()} for n, (w, a) in self.layers.items()}
         info = {"arch": "", "budget": {}, "candidates": {}, "proxy": {}, "search": {}, "versions": VERSIONS}
         info.update((key, self.info[key]) for key in info.keys() & self.info.keys())
@@ -882,23 +825,22 @@ class Policy:
             for key, value in policy.to_json().items():
                 if data[key] != value:
                     raise ValueError(f"its {key} is {data[key]}, not {value}")
-        except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        except Exception as error:  # whatever an edited file can raise
             raise AsgaError(f"{path} is no policy of a search ({type(error).__name__}: {error})") from None
         return policy
 
-# ------------------------------------------------------------------------------
+# ------------------------------
 # Speed: the same results, sooner
 
 class Fused:
-    """mix_forward or mix_backward by torch.compile, one kernel for all layers. The formula itself runs where
-    that fails (a line says so), or Fused.on is False."""
+    """A formula by torch.compile, one kernel for all layers; itself where that fails or Fused.on is False."""
     on = True
 
     def __init__(self, formula):
         self.formula, self.compiled = formula, None
 
     def __call__(self, *tensors):
-        if not Fused.on or torch.is_grad_enabled():  # grad mode: differentiated twice
+        if not Fused.on or torch.is_grad_enabled():
             return self.formula(*tensors)
         *images, row = tensors
         x = images[-1]
@@ -909,10 +851,10 @@ class Fused:
             self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
             with torch.autocast(x.device.type, enabled=False):
                 out = self.compiled(*(bare(t, [t.numel()]) for t in images), bare(row, row.shape))
-        except Exception as error:  # whatever a toolchain can raise
-            out = self.formula(*tensors)  # raises again if the input is at fault
+        except Exception as error:
+            out = self.formula(*tensors)
             Fused.on = False
-            say(f"torch.compile does not work here ({type(error).__name__}): quantizers run slower")
+            say(f"torch.compile fails here ({type(error).__name__}): quantizers run slower")
             return out
         if torch.is_tensor(out):
             return out.as_strided(x.shape, images[-1].stride())
@@ -926,8 +868,7 @@ FakeQuantize.value, FakeQuantize.gradients = Fused(mix_forward), Fused(mix_backw
 
 @contextlib.contextmanager
 def prepared(model):
-    """`with prepared(model): forward and backward pass`: all quantizers' mixtures are made at once. Steps and
-    bitwidths must not change inside."""
+    """`with prepared(model): a pass`: all mixtures are made at once; steps and β must not change inside."""
     groups = {}
     for q in quantizers_of(model):
         groups.setdefault((type(q), len(q.bits), q.steps.requires_grad), []).append(q)
@@ -940,8 +881,8 @@ def prepared(model):
         for q in quantizers_of(model):
             q.row = None
 
-# ------------------------------------------------------------------------------
-# Networks: the built-in ResNet-20, torchvision's, or a user's own; and their weights
+# ------------------------------
+# Networks: the built-in ResNet-20, torchvision's, or a user's own; their weights
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a parameter-free shortcut (He et al. 2016, option A)."""
@@ -975,7 +916,7 @@ class ResNet20(nn.Sequential):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
 
 def import_torchvision():
-    """torchvision, also where its compiled operators do not fit this torch: none is needed here."""
+    """torchvision, also where its compiled operators, not needed here, do not fit this torch."""
     try:
         import torchvision
     except ImportError as error:
@@ -987,76 +928,62 @@ def import_torchvision():
     return torchvision
 
 def build(arch, num_classes):
-    """The network `arch` with fresh weights: resnet20, a torchvision classification model, or
-    path/file.py:function, which is called with num_classes=. Raises AsgaError."""
+    """The network `arch` with fresh weights; AsgaError where there is none."""
     path, colon, function = arch.rpartition(":")
     if arch == "resnet20":
         return ResNet20(num_classes)
-    if not colon:
-        models = import_torchvision().models
-        if arch not in models.list_models(module=models):
-            raise AsgaError(f"unknown arch {arch!r}: use resnet20, one of torchvision, or file.py:function")
-        return models.get_model(arch, weights=None, num_classes=num_classes)
-    sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
     try:
+        if not colon:
+            return import_torchvision().models.get_model(arch, weights=None, num_classes=num_classes)
+        sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
         spec = importlib.util.spec_from_file_location("asga_user_network", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return getattr(module, function)(num_classes=num_classes).train()
-    except Exception as error:  # whatever somebody's file can raise
-        raise AsgaError(f"arch {arch!r} gives no network for num_classes= ({one_line(error)})") from error
+    except Exception as error:
+        known = "use resnet20, a torchvision classifier, or file.py:function (num_classes=…)"
+        raise AsgaError(f"arch {arch!r} gives no network ({one_line(error)}): {known}") from error
 
 def check_network(model, arch, num_classes, resolution, device):
-    """An input [1, 3, R, R] that the network turns into [1, num_classes]; AsgaError where it does not."""
-    x = torch.zeros(1, 3, resolution, resolution, device=device)
+    """An input [1, 3, R, R] that becomes [1, num_classes]; AsgaError where it does not."""
     try:
+        x = torch.zeros(1, 3, resolution, resolution, device=device)
         with evaluating(model):
             out = tuple(first_output(model(x)).shape)
-    except Exception as error:  # whatever somebody's network can raise
+    except Exception as error:  # no memory, or what the network raises
         out = one_line(error)
     if out != (1, num_classes):
-        size = f"{resolution}x{resolution}"
-        raise AsgaError(f"{arch} gives no {num_classes} logits for {size} ({out}): try another --resolution")
+        raise AsgaError(f"{arch}, {resolution} px: no {num_classes} logits ({out}): try another --resolution")
     return x
 
-def read_checkpoint(path):
-    """The dict in a .pt file; AsgaError where there is none. Nothing that the file holds is executed."""
+def read_checkpoint(path, arch=""):
+    """The dict in a .pt file, of which nothing is executed, or torchvision's of "imagenet"; or AsgaError."""
     try:
+        if path == "imagenet":
+            return import_torchvision().models.get_model_weights(arch).DEFAULT.get_state_dict()
         return {**torch.load(path, map_location="cpu", weights_only=True)}
-    except Exception as error:  # whatever broken bytes can raise
+    except Exception as error:
         raise AsgaError(f"{path} holds no state_dict of plain tensors ({type(error).__name__})") from None
 
 def load_weights(model, arch, source, classes):
-    """Fill `model` from a file (a state dict or our checkpoint) or "imagenet" (torchvision's). True where its
-    classifier has to be trained: one of another size stays as it was, or the file is of other classes."""
-    if source == "imagenet":
-        try:
-            state = import_torchvision().models.get_model_weights(arch).DEFAULT.get_state_dict()
-        except (OSError, RuntimeError, ValueError, AttributeError) as error:
-            raise AsgaError(f"no ImageNet weights for {arch} ({one_line(error)}): give a file") from None
-    else:
-        state = read_checkpoint(source)
-    if state.get("policy") or state.get("format") == "asga-supernet":
-        raise AsgaError(f"{source} is a quantized network: give the full-precision weights that it came from")
+    """Fill `model` from a file (a state dict or our checkpoint) or "imagenet". True where its classifier has
+    to be trained: one of another size stays as it was, or the file is of other classes."""
+    state = read_checkpoint(source, arch)
     trained, own = state.get("classes", classes), model.state_dict()
     for key in ("state", "state_dict", "model_state_dict", "model", "net"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}  # of nn.DataParallel
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
     strange = [key for key in own.keys() ^ state.keys() if not key.endswith("num_batches_tracked")]
     head = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    sizes = {(len(state[key]), len(own[key])) for key in head}
-    if strange or len(sizes) > 1 or any(own[key].shape[1:] != state[key].shape[1:] for key in head):
+    if strange or any(own[key].shape[1:] != state[key].shape[1:] for key in head):
         raise AsgaError(f"weights {source} are of another network than {arch}: see {min(strange or head)!r}")
-    for there, here in sizes:
-        say(f"{source} is of {there} classes: its classifier is replaced by a fresh one for {here}")
     own.update((key, state[key]) for key in own.keys() & state.keys() - set(head))
     model.load_state_dict(own)
     return bool(head) or list(trained) != list(classes)
 
-# ------------------------------------------------------------------------------
+# ------------------------------
 # Data: CIFAR-10, handwritten digits, or a folder of images
 
-DIGITS = Path(__file__).resolve().parent / "data" / "digits.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pretrained networks expect
 IN_MEMORY = 4 * 2 ** 30  # bytes: a larger part of a data set is streamed
 
@@ -1064,16 +991,16 @@ def read_image(path):
     """An RGB image; AsgaError names a file that holds none."""
     try:
         return import_torchvision().datasets.folder.default_loader(path)
-    except Exception as error:  # whatever broken bytes can raise
+    except Exception as error:
         raise AsgaError(f"{path} is no readable image ({one_line(error)}): mend or delete it") from None
 
 def on_signals(handler, worker=None):
-    """What Ctrl-C and SIGTERM do: they reach a process and its workers alike."""
+    """What Ctrl-C and SIGTERM do, which reach workers too."""
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
 
 class ImageSet:
-    """labels [N] and images: uint8 [N, 3, S, S], or a torchvision data set that DataLoader workers decode."""
+    """labels [N] and images: uint8 [N, 3, S, S], or a torchvision data set that workers decode."""
 
     def __init__(self, images, labels, size):
         self.images, self.labels, self.size = images, torch.as_tensor(labels), size
@@ -1082,8 +1009,7 @@ class ImageSet:
         return len(self.labels)
 
     def __getitems__(self, index):
-        """(uint8 [B, 3, S, S], labels [B]), or the AsgaError of an image: a worker that raises would hang.
-        Decoded: the shorter side resized to S, the centre cut out."""
+        """(uint8 [B, 3, S, S], labels [B]), or the AsgaError of an image: a worker that raises would hang."""
         if torch.is_tensor(self.images):
             return self.images[index], self.labels[index]
         vision = import_torchvision().transforms.functional
@@ -1110,7 +1036,7 @@ class ImageSet:
             self.images, self.labels = self.images.to(device), self.labels.to(device)
 
     def batches(self, indices, device):
-        """(uint8 images [B, 3, S, S], labels [B]) on the device, for each index tensor [B] of `indices`."""
+        """(uint8 [B, 3, S, S], labels [B]) on the device, for each index tensor [B] of `indices`."""
         workers = 0 if torch.is_tensor(self.images) else os.cpu_count()
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=map(torch.Tensor.tolist, indices), collate_fn=tuple, num_workers=workers,
@@ -1121,11 +1047,10 @@ class ImageSet:
             yield images.to(device), labels.to(device)
 
     def stream(self, start, batch_size, device, resolution, seed, style):
-        """Endless (x, y) batches from step `start` on; step k depends on seed and k alone. style: "flip"
-        (random crops and mirror images), "crop" or "none"."""
+        """Endless (x, y) batches from step `start`; k's depends on seed and k. style: flip, crop or none."""
         self.load(device)
         size, seed = min(batch_size, len(self)), seed * 1_000_003
-        count = len(self) // size  # steps an epoch
+        count = len(self) // size
 
         def indices():
             for epoch in itertools.count(start // count):
@@ -1139,15 +1064,15 @@ class ImageSet:
             yield normalize(images, resolution), y
 
 def normalize(images, resolution):
-    """uint8 [B, 3, S, S] to float32 [B, 3, R, R], ImageNet's mean and deviation."""
+    """uint8 [B, 3, S, S] to float32 [B, 3, R, R]."""
     mean, std = torch.tensor([MEAN, STD], device=images.device)[..., None, None]
     x = (images.float() / 255 - mean) / std
     if x.shape[-1] != resolution:
         x = F.interpolate(x, size=resolution, mode="bilinear", align_corners=False)
-    return x.contiguous(memory_format=torch.channels_last)  # what convolutions run fastest on
+    return x.contiguous(memory_format=torch.channels_last)
 
 def augment(images, flip, generator):
-    """uint8 [B, 3, S, S]: a random crop of each image, padded by an eighth; `flip`: half of them mirrored."""
+    """uint8 [B, 3, S, S]: random crops, padded by an eighth; `flip`: half of them mirrored."""
     b, _, s, _ = images.shape
     pad, side, device = s // 8, torch.arange(s), images.device
     top, left = torch.randint(2 * pad + 1, (2, b, 1), generator=generator)
@@ -1167,9 +1092,9 @@ def stratified(labels, share):
     return mask
 
 def digits():
-    """UCI handwritten digits, 1,797 real 8x8 images, upsampled to 32x32; a fifth of each class validates."""
+    """UCI handwritten digits, 1,797 real 8x8 images, upsampled to 32x32; a fifth validates."""
     import numpy
-    with numpy.load(DIGITS) as file:
+    with numpy.load(Path(__file__).resolve().parent / "data" / "digits.npz") as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
     images = F.interpolate(images[:, None] * (255 / 16), size=32, mode="bilinear", align_corners=False)
     both = ImageSet(images.round().byte().expand(-1, 3, -1, -1), labels, 32)
@@ -1177,7 +1102,7 @@ def digits():
     return list("0123456789"), both.subset(~val), both.subset(val)
 
 def through_torchvision(name, root):
-    """CIFAR-10, downloaded into `root`, or a folder train/CLASS/*, val/CLASS/*, sized as its first image."""
+    """CIFAR-10, downloaded into `root`, or a folder, sized as its first image."""
     sets, parts = import_torchvision().datasets, ("train", "val")
     try:
         if name == "cifar10":
@@ -1185,8 +1110,8 @@ def through_torchvision(name, root):
         else:
             train, val = (sets.ImageFolder(Path(name) / part, loader=read_image) for part in parts)
     except (OSError, RuntimeError) as error:
-        what = "give cifar10, digits, or a folder with train/CLASS/*, val/CLASS/*"
-        raise AsgaError(f"--data {name!r}: {one_line(error)}; {what}") from None
+        known = "cifar10, digits, or a folder with train/CLASS/*, val/CLASS/*"
+        raise AsgaError(f"--data {name!r}: {one_line(error)}: give {known}") from None
     for odd in set(train.classes) ^ set(val.classes):
         raise AsgaError(f"--data {name}: class {odd!r} is in only one of train/ and val/")
     width, height = train[0][0].size
@@ -1194,7 +1119,7 @@ def through_torchvision(name, root):
     return train.classes, ImageSet(train, train.targets, size), ImageSet(val, val.targets, size)
 
 def load_data(name, root, spec=""):
-    """(classes, train, val) that --data and --classes (like "0-4,7") name; AsgaError where there is none."""
+    """(classes, train, val) that --data and --classes name; AsgaError where there is none."""
     classes, train, val = digits() if name == "digits" else through_torchvision(name, root)
     every, chosen = range(len(classes)), []
     for part in (spec or f"0-{every[-1]}").split(","):
@@ -1205,16 +1130,16 @@ def load_data(name, root, spec=""):
     if not set(chosen) <= set(every) or len(set(chosen)) < max(2, len(chosen)):
         raise AsgaError(f"--classes {spec}: name at least two of 0-{every[-1]}, each once, like 0-4,7")
     label = torch.full((len(classes),), -1)
-    label[chosen] = torch.arange(len(chosen))  # counted anew from 0
+    label[chosen] = torch.arange(len(chosen))
     for part in (train, val):
         part.labels = label[part.labels]
     return [classes[c] for c in chosen], train.subset(train.labels >= 0), val.subset(val.labels >= 0)
 
-# ------------------------------------------------------------------------------
-# Runs: one folder each; progress, log, checkpoints; stopped at any step and continued
+# ------------------------------
+# Runs: messages, progress, one update, evaluation
 
 def say(line):
-    """One line to the person at the terminal: stderr, as stdout is for results."""
+    """A line to the person at the terminal: stdout is for results."""
     print(f"asga: {line}", file=sys.stderr, flush=True)
 
 def one_line(error):
@@ -1222,13 +1147,11 @@ def one_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 def human(value):
-    """1234567 → '1.235M'."""
     unit = max((unit for unit in SCALES if SCALES[unit] <= value), key=SCALES.get, default="")
     return f"{value / SCALES[unit]:.4g}{unit.upper()}"
 
 def progress(things, what, total, first=0, latest=None):
-    """Hand on `things`, numbers first … total − 1. A line with the time left is rewritten on a terminal, else
-    comes every 15 seconds. latest: {"loss": …} of the last step."""
+    """Hand on `things`, numbers first … total − 1, with a line on the time left and the loss in `latest`."""
     start, live = time.monotonic(), sys.stderr.isatty()
     last = start
     for done, thing in enumerate(things, first + 1):
@@ -1258,7 +1181,7 @@ def as_args(inputs):
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 def parameter_groups(model, lr, weight_decay, apart=()):
-    """SGD groups: weights with decay; biases, normalization, quantizer steps without. `apart` is left out."""
+    """SGD groups: weights with decay; biases, normalization, steps without. `apart` is left out."""
     groups, apart = {weight_decay: [], 0.0: []}, set(apart)
     for p in model.parameters():
         if p.requires_grad and p not in apart:
@@ -1266,7 +1189,7 @@ def parameter_groups(model, lr, weight_decay, apart=()):
     return [{"params": group, "base_lr": lr, "weight_decay": decay} for decay, group in groups.items()]
 
 def cosine(optimizer, done, total, warmup=0.0):
-    """Learning rates of step `done` of `total`: cosine from base_lr to zero, after a linear warm-up."""
+    """Learning rates of step `done`: cosine from base_lr to zero, after a linear warm-up."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * done / total))
         group["lr"] *= min(1, (done + 1) / (warmup * total + 1))
@@ -1276,7 +1199,7 @@ def first_output(out):
     return as_args(tuple(out.values()) if isinstance(out, dict) else out)[0]
 
 def backward(net, x, y, loss_fn, precision):
-    """Forward and backward pass; returns the loss. bf16: the network under autocast, all else in float32."""
+    """Forward and backward pass; returns the loss. bf16: the network alone under autocast."""
     net.zero_grad()
     with prepared(net):
         with torch.autocast(y.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -1295,26 +1218,114 @@ def update(net, optimizer, x, y, loss_fn, precision):
     with step_guard(net) as clamp:
         optimizer.step(closure)
 
-class Run:
-    """The folder of a command. With the same settings in the same folder it goes on where it was stopped."""
+def evaluate(model, part, resolution, device, batch_size=64):
+    """{"accuracy": percent, "loss": cross-entropy} over an ImageSet."""
+    part.load(device)
+    right, loss, blocks = 0, 0.0, torch.arange(len(part)).split(batch_size)
+    batches = progress(part.batches(blocks, device), "evaluating, batch", len(blocks))
+    with evaluating(model), prepared(model):
+        for images, y in batches:
+            logits = first_output(model(normalize(images, resolution)))
+            right += (logits.argmax(1) == y).sum().item()
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+    return {"accuracy": 100 * right / len(part), "loss": loss / len(part)}
 
-    def __init__(self, out, settings, result):
-        self.out, config = Path(out), Path(out) / "config.json"
+# ------------------------------
+# Commands: a folder each with log and checkpoints; stopped at any step and continued
+
+def describe(device):
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+
+class Job:
+    """A command's device, data and network, checked before it writes; its folder; its loop."""
+
+    def __init__(self, cfg, result):
+        cfg.arch = cfg.arch or "resnet20"
+        self.cfg, self.result = cfg, result
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        name = auto if cfg.device == "auto" else cfg.device
+        try:
+            self.device = torch.zeros(1, device=name, dtype=torch.float64).device
+        except (RuntimeError, AssertionError) as error:
+            raise AsgaError(f"--device {name} does not work ({one_line(error)}): use cpu") from None
+        Fused.on, vision = cfg.compile, ":" not in cfg.arch and cfg.arch != "resnet20"
+        self.classes, train, self.val = load_data(cfg.data, cfg.data_root, cfg.classes)
+        self.train = train.subset(stratified(train.labels, cfg.images))
+        self.resolution = cfg.resolution or (64 if vision else self.val.size or 64)
+        cost_resolution = cfg.cost_resolution or (224 if vision else self.resolution)
+        self.train.size = self.val.size = min(self.val.size or self.resolution, self.resolution)
+        torch.manual_seed(cfg.seed)
+        self.model = build(cfg.arch, len(self.classes)).to(self.device, memory_format=torch.channels_last)
+        for resolution in (self.resolution, cost_resolution):
+            self.example = check_network(self.model, cfg.arch, len(self.classes), resolution, self.device)
+        self.untrained = not cfg.weights or load_weights(self.model, cfg.arch, cfg.weights, self.classes)
+
+    def start(self):
+        """Make --out. A run with these settings that is there goes on."""
+        self.val.load(self.device)  # a broken image shows now
+        cfg = self.cfg
+        cfg.out = cfg.out or time.strftime("runs/%Y%m%d-%H%M%S")
+        settings = {key: value for key, value in vars(cfg).items() if key not in ("function", "out")}
         self.settings = json.loads(json.dumps(settings))
+        self.out, config = Path(cfg.out), Path(cfg.out) / "config.json"
         self.out.mkdir(parents=True, exist_ok=True)
-        if (self.out / result).exists():  # the last thing that is written
-            raise AsgaError(f"--out {out} holds a finished {result}: give another folder, or delete it")
+        if (self.out / self.result).exists():  # the last thing that is written
+            raise AsgaError(f"--out {cfg.out} holds a finished {self.result}: give another, or delete it")
         old = read_json(config)["settings"] if config.exists() else self.settings
         for key, value in self.settings.items():
             if old.get(key) != value:
-                raise AsgaError(f"--out {out} holds a run with {key} {old.get(key)!r}: give another folder")
+                raise AsgaError(f"--out {cfg.out} holds a run with {key} {old.get(key)!r}: give another")
         write_json(config, {"settings": self.settings, "versions": VERSIONS})
+
+    def stream(self, start):
+        cfg, style = self.cfg, self.cfg.augment
+        if style == "auto":
+            style = "crop" if cfg.data == "digits" else "flip"
+        return self.train.stream(start, cfg.batch_size, self.device, self.resolution, cfg.seed, style)
+
+    def inputs(self, count):
+        return (x for x, _ in itertools.islice(self.stream(0), count))
+
+    def evaluate(self, net, new_statistics=False):
+        """Metrics on val; new_statistics: BatchNorm's anew, as rounding shifts them (our choice)."""
+        if new_statistics:
+            torch.optim.swa_utils.update_bn(self.inputs(16), net)
+        return evaluate(net, self.val, self.resolution, self.device)
+
+    def tune(self, model, phase, epochs, lr, weight_decay, warmup=0.0):
+        """Train by SGD; the seconds it took."""
+        total = epochs * max(1, len(self.train) // self.cfg.batch_size)
+        groups = parameter_groups(model, lr, weight_decay)
+        optimizer = ASGA(groups, torch.optim.SGD, **METHODS["joint"], momentum=0.9, nesterov=True)
+
+        def step(x, y, done):
+            cosine(optimizer, done, total, warmup)
+            update(model, optimizer, x, y, F.cross_entropy, self.cfg.precision)
+            return {"loss": optimizer.last["loss"]}
+
+        return self.loop(phase, total, self.stream, step, {"model": model, "optimizer": optimizer})
+
+    def full_precision(self):
+        """Train the network where --weights does not fit; the seconds it took."""
+        if not self.untrained:
+            return 0.0
+        cfg = self.cfg
+        say(f"no --weights for these classes: training on {cfg.data} first")
+        torch.manual_seed(cfg.seed)
+        lr = cfg.fp_lr / 10 if cfg.weights else cfg.fp_lr
+        seconds = self.tune(self.model, "weights", cfg.fp_epochs, lr, 5e-4, warmup=0.1)
+        self.save("weights.pt", self.model, seconds=seconds)
+        return seconds
+
+    def save(self, name, model, policy=None, form="asga-model", **more):
+        more.update(format=form, arch=self.cfg.arch, classes=self.classes, resolution=self.resolution)
+        more.update(state=model.state_dict(), policy=policy and policy.to_json())
+        write_atomic(self.out / name, more)
 
     def loop(self, phase, total, stream, step, objects):
         """step(x, y, done) for each batch of stream(start) until `total`; returns the seconds that it took.
-
-        The records that steps return, numbers and small tensors, are read at checkpoints, so that no step
-        waits for the device. objects: {name: has state_dict}, what a checkpoint holds."""
+        Its records are read at checkpoints: no step waits for the device. objects: {name: has state_dict}."""
         checkpoint = self.out / f"{phase}.ckpt"
         log = self.out / ("weights.jsonl" if phase == "weights" else "log.jsonl")
         start, before = self.restore(checkpoint, objects)
@@ -1331,7 +1342,10 @@ class Run:
                 if self.stopping or done + 1 == total or now - saved > 60:
                     lines += map(self.line, records)
                     write_atomic(log, "".join(lines))  # first: no checkpoint is ahead of its log
-                    self.save(checkpoint, objects, step=done + 1, seconds=time.monotonic() - began)
+                    state = {name: thing.state_dict() for name, thing in objects.items()}
+                    state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
+                    state.update(step=done + 1, seconds=time.monotonic() - began)
+                    write_atomic(checkpoint, state)
                     records, saved = [], now
                 if self.stopping:
                     raise KeyboardInterrupt(f"stopped in {phase} after step {done + 1} of {total}, all saved")
@@ -1340,7 +1354,6 @@ class Run:
         return round(time.monotonic() - began, 3)
 
     def stop(self, signum, frame):
-        """The first signal lets the present step end, a second one does not."""
         self.stopping = True
         say("stopping after this step (again: at once)")
         on_signals(signal.default_int_handler)
@@ -1348,19 +1361,11 @@ class Run:
     def line(self, record):
         """A line of the log; AsgaError where the loss is not finite."""
         if not math.isfinite(record["loss"]):
-            where = f"loss became {record['loss']} at step {record['step']}"
-            raise AsgaError(f"{where}: give a lower learning rate or other weights, in a new --out")
+            raise AsgaError(f"loss {record['loss']}, step {record['step']}: lower --lr, in another --out")
         return json.dumps(record, default=torch.Tensor.tolist) + "\n"
 
-    def save(self, checkpoint, objects, **state):
-        """Write `state`, the states of `objects` and of the random generators."""
-        for name, thing in objects.items():
-            state[name] = thing.state_dict()
-        state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
-        write_atomic(checkpoint, state)
-
     def restore(self, checkpoint, objects):
-        """(steps done, seconds that they took) of a checkpoint, its states put back; (0, 0) without one."""
+        """(steps done, their seconds) of a checkpoint, its states put back; (0, 0) without one."""
         if not checkpoint.exists():
             return 0, 0.0
         state = read_checkpoint(checkpoint)
@@ -1371,125 +1376,25 @@ class Run:
         say(f"going on with {checkpoint.stem} at step {state['step']}")
         return state["step"], state["seconds"]
 
-def evaluate(model, part, resolution, device, batch_size=64):
-    """{"accuracy": percent, "loss": mean cross-entropy} over an ImageSet; the model stays as it was."""
-    part.load(device)
-    right, loss, blocks = 0, 0.0, torch.arange(len(part)).split(batch_size)
-    batches = progress(part.batches(blocks, device), "evaluating, batch", len(blocks))
-    with evaluating(model), prepared(model):
-        for images, y in batches:
-            logits = first_output(model(normalize(images, resolution)))
-            right += (logits.argmax(1) == y).sum().item()
-            loss += F.cross_entropy(logits, y, reduction="sum").item()
-    return {"accuracy": 100 * right / len(part), "loss": loss / len(part)}
-
-# ------------------------------------------------------------------------------
-# Commands
-
-def describe(device):
-    """The machine in a line."""
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-
-class Job:
-    """What the commands share: device, data, network, checked before anything is written."""
-
-    def __init__(self, cfg, result):
-        cfg.arch = cfg.arch or "resnet20"
-        self.cfg, self.result = cfg, result
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        name = auto if cfg.device == "auto" else cfg.device
-        try:
-            self.device = torch.zeros(1, device=name, dtype=torch.float64).device
-        except (RuntimeError, AssertionError) as error:  # the latter: torch without CUDA
-            raise AsgaError(f"--device {name} does not work ({one_line(error)}): use cpu") from None
-        Fused.on, vision = cfg.compile, ":" not in cfg.arch and cfg.arch != "resnet20"
-        self.classes, train, self.val = load_data(cfg.data, cfg.data_root, cfg.classes)
-        self.train = train.subset(stratified(train.labels, cfg.images))
-        self.resolution = cfg.resolution or (64 if vision else self.val.size or 64)
-        cost_resolution = cfg.cost_resolution or (224 if vision else self.resolution)
-        self.train.size = self.val.size = min(self.val.size or self.resolution, self.resolution)
-        torch.manual_seed(cfg.seed)
-        self.model = build(cfg.arch, len(self.classes)).to(self.device, memory_format=torch.channels_last)
-        for resolution in (self.resolution, cost_resolution):
-            self.example = check_network(self.model, cfg.arch, len(self.classes), resolution, self.device)
-        self.untrained = not cfg.weights or load_weights(self.model, cfg.arch, cfg.weights, self.classes)
-
-    def start(self):
-        """Make --out and its config.json."""
-        cfg = self.cfg
-        self.val.load(self.device)  # a broken image shows now
-        label = f"{cfg.arch.rpartition(':')[2]}-{Path(cfg.data).name}"
-        cfg.out = cfg.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{label}"
-        settings = {key: value for key, value in vars(cfg).items() if key not in ("function", "out")}
-        self.run = Run(cfg.out, settings, self.result)
-
-    def stream(self, start):
-        """Training batches from step `start` on."""
-        cfg, style = self.cfg, self.cfg.augment
-        if style == "auto":
-            style = "crop" if cfg.data == "digits" else "flip"
-        return self.train.stream(start, cfg.batch_size, self.device, self.resolution, cfg.seed, style)
-
-    def inputs(self, count):
-        """The images of the first batches."""
-        return (x for x, _ in itertools.islice(self.stream(0), count))
-
-    def evaluate(self, net, new_statistics=False):
-        """Metrics on val; new_statistics: BatchNorm's anew, as rounding shifts what they see (our choice)."""
-        if new_statistics:
-            torch.optim.swa_utils.update_bn(self.inputs(16), net)
-        return evaluate(net, self.val, self.resolution, self.device)
-
-    def tune(self, model, phase, epochs, lr, weight_decay, warmup=0.0):
-        """Train by SGD; the seconds it took."""
-        total = epochs * max(1, len(self.train) // self.cfg.batch_size)
-        groups, plain = parameter_groups(model, lr, weight_decay), dict(rho_min=0.0, rho_max=0.0, alpha=0.0)
-        optimizer = ASGA(groups, torch.optim.SGD, **plain, momentum=0.9, nesterov=True)
-
-        def step(x, y, done):
-            cosine(optimizer, done, total, warmup)
-            update(model, optimizer, x, y, F.cross_entropy, self.cfg.precision)
-            return {"loss": optimizer.last["loss"]}
-
-        return self.run.loop(phase, total, self.stream, step, {"model": model, "optimizer": optimizer})
-
-    def full_precision(self):
-        """Train the network first, where --weights does not fit these classes; the seconds it took."""
-        if not self.untrained:
-            return 0.0
-        cfg = self.cfg
-        say(f"no --weights for these classes: training {cfg.arch} on {cfg.data} first")
-        torch.manual_seed(cfg.seed)
-        lr = cfg.fp_lr / 10 if cfg.weights else cfg.fp_lr
-        seconds = self.tune(self.model, "weights", cfg.fp_epochs, lr, 5e-4, warmup=0.1)
-        self.save("weights.pt", self.model, seconds=seconds)
-        return seconds
-
-    def save(self, name, model, policy=None, form="asga-model", **more):
-        """A checkpoint for eval and --weights."""
-        more.update(format=form, arch=self.cfg.arch, classes=self.classes, resolution=self.resolution)
-        more.update(state=model.state_dict(), policy=policy and policy.to_json())
-        write_atomic(self.run.out / name, more)
-
-    def finish(self, metrics, *words):
-        """The last file, what was measured, and what to type next."""
-        write_json(self.run.out / "metrics.json", metrics)
-        for checkpoint in self.run.out.glob("*.ckpt"):
+    def finish(self, metrics, policy=None):
+        write_json(self.out / "metrics.json", metrics)
+        if policy:
+            policy.save(self.out / "policy.json")  # last: a run that has it is finished
+        for checkpoint in self.out.glob("*.ckpt"):
             checkpoint.unlink()
         for name, values in metrics.items():
             if isinstance(values, dict):
                 print(f"accuracy  {values['accuracy']:.2f} %, cross-entropy {values['loss']:.4f}: {name}")
         print(f"time      {metrics['seconds']:.1f} s, first training {metrics.get('fp_seconds', 0):.1f} s")
-        print(f"next      {shlex.join(['python', 'asga.py', *map(str, words)])}")
+        print(f"folder    {self.out}")
 
 def cmd_search(cfg):
     """search a policy on the proxy set"""
     settings = SearchSettings(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(SearchSettings)})
-    vars(cfg).update(vars(settings))  # recorded is what runs
+    vars(cfg).update(vars(settings))
     if not cfg.data:
         cfg.data = "cifar10" if (Path(cfg.data_root) / "cifar-10-batches-py").is_dir() else "digits"
-        say(f"no --data: taking {cfg.data}; --data cifar10 downloads into {cfg.data_root}")
+        say(f"no --data: taking {cfg.data}; --data cifar10 downloads it")
     job = Job(cfg, "policy.json")
     budget = plan(job.model, job.example, cfg.budget, settings)
     job.start()
@@ -1499,9 +1404,9 @@ def cmd_search(cfg):
     began = time.monotonic()
     run = Search(job.model, budget, settings, job.inputs(4))
     seconds, objects = time.monotonic() - began, {"net": run.net, "optimizer": run.optimizer}
-    seconds += job.run.loop("search", settings.steps, job.stream, run.step, objects)
-    about = dict(method=cfg.method, seed=cfg.seed, seconds=round(seconds, 3), device=describe(job.device))
-    about["settings"] = job.run.settings
+    seconds += job.loop("search", settings.steps, job.stream, run.step, objects)
+    about = dict(method=cfg.method, seed=cfg.seed, seconds=round(seconds, 3), device=describe(job.device),
+                 settings=job.settings)
     proxy = dict(data=cfg.data, classes=len(job.classes), images=len(job.train), resolution=job.resolution)
     policy = run.policy(arch=cfg.arch, proxy=proxy, search=about)
     metrics = {"fp_seconds": fp_seconds, "seconds": about["seconds"], "policy_bops": policy.bops}
@@ -1510,16 +1415,14 @@ def cmd_search(cfg):
         metrics["supernet"] = job.evaluate(run.net, new_statistics=True)
         metrics["policy"] = job.evaluate(attach_quantizers(run.net, policy.layers), new_statistics=True)
         job.save("supernet.pt", run.net, form="asga-supernet")
-    write_json(job.run.out / "metrics.json", metrics)
-    policy.save(job.run.out / "policy.json")  # last: a run that has it is finished
+    job.finish(metrics, policy)
     print(" w bits  a bits    MACs  layer")
     for name, (w, a) in policy.layers.items():
         print(f"{w:7} {a:7} {human(policy.sizes[name].macs):>7}  {name}")
     spent = budget.spent(torch.tensor(list(policy.layers.values())).t().to(budget.lo))
     print(f"cost      {human(policy.bops)} BOPs, {human(policy.cost['weight_bits'] / 8)}B of weights")
     print(f"budget    {cfg.budget}, {100 * spent:.2f} % spent")
-    print("mean      w {mean_w:.2f}, a {mean_a:.2f}, weighted by MACs".format(**policy.cost))
-    job.finish(metrics, "transfer", job.run.out / "policy.json", "--data", "DIR")
+    print("mean      w {mean_w:.2f}, a {mean_a:.2f}".format(**policy.cost))
 
 def cmd_transfer(cfg):
     """tune a network with a policy's bits on the target set"""
@@ -1540,7 +1443,7 @@ def cmd_transfer(cfg):
     seconds = time.monotonic() - began + job.tune(net, "transfer", cfg.epochs, cfg.lr, cfg.weight_decay)
     metrics.update(tuned=job.evaluate(net), seconds=round(seconds, 3))
     job.save("model.pt", net, policy)
-    job.finish(metrics, "eval", job.run.out / "model.pt", "--data", cfg.data)
+    job.finish(metrics)
 
 def cmd_train(cfg):
     """train full-precision weights"""
@@ -1549,8 +1452,7 @@ def cmd_train(cfg):
     job.start()
     seconds = job.tune(job.model, "train", cfg.epochs, cfg.lr, 5e-4, warmup=0.1)
     job.save("model.pt", job.model)
-    metrics = {"full_precision": job.evaluate(job.model), "seconds": seconds}
-    job.finish(metrics, "search", "--arch", cfg.arch, "--weights", job.run.out / "model.pt")
+    job.finish({"full_precision": job.evaluate(job.model), "seconds": seconds})
 
 def cmd_eval(cfg):
     """accuracy of a model.pt"""
@@ -1561,7 +1463,7 @@ def cmd_eval(cfg):
     cfg.weights, cfg.images, cfg.seed = "", 1.0, 0
     job = Job(cfg, "")
     if job.classes != state["classes"]:
-        raise AsgaError(f"{cfg.model} knows other classes: give its own --data and --classes")
+        raise AsgaError(f"{cfg.model} is of other classes: give its --data and --classes")
     net = job.model
     try:
         if state["policy"]:
@@ -1601,7 +1503,7 @@ def parse(argv):
     add(fit + " eval", "compile the quantizers", compile=True)
     add(fit, "resnet20, a torchvision model, or file.py:function", arch="")
     add(fit, "full-precision ones: a file, or imagenet", weights="")
-    add(fit, "0: the images' own; torchvision models: 64, MACs at 224", resolution=0, cost_resolution=0)
+    add(fit, "0: the images'; torchvision: 64, MACs at 224", resolution=0, cost_resolution=0)
     add(fit, "share of the training images", images=1.0)
     add(fit, "auto: flip, digits crop", ["auto", "flip", "crop", "none"], augment="auto")
     add(fit, "of the training", batch_size=128, seed=0)
@@ -1623,22 +1525,16 @@ def parse(argv):
     return cfg
 
 def main(argv=None):
-    """Run a command line; the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
     cfg = parse(argv)
-    socket.setdefaulttimeout(10)  # a download without a network could hang
     try:
         cfg.function(cfg)
         return 0
     except AsgaError as error:
         say(f"error: {error}")
-    except OSError as error:  # a folder that may not be written to, a full disk
-        say(f"error: {one_line(error)}: make room, or give another path")
-    except torch.OutOfMemoryError as error:
-        say(f"error: {one_line(error)}: lower --batch-size or --resolution")
+    except (OSError, torch.OutOfMemoryError) as error:  # a folder without permission, a full disk or GPU
+        say(f"error: {one_line(error)}: make room, or give another path or --batch-size")
     except KeyboardInterrupt as stop:
-        where = [] if "--out" in argv or not getattr(cfg, "out", "") else ["--out", cfg.out]
-        say(f"{str(stop) or 'stopped'}; go on with: python asga.py {shlex.join([*argv, *where])}")
+        say(f"{str(stop) or 'stopped'}; the same command goes on with --out {getattr(cfg, 'out', '')}")
         return 130
     return 2
 
