@@ -277,20 +277,26 @@ def quantize(model, bits_or_policy, example_inputs, *, keep=8):
         calibrate(net, [example_inputs])
     return net
 
-@contextlib.contextmanager
-def step_guard(model):
+class step_guard:
     """`with step_guard(model): optimizer.step()`: no quantizer step more than halves or doubles, as one below
     zero would silence its layer. `as clamp`: clamp() does so at once, in a closure."""
-    steps = [q.steps.data for q in quantizers_of(model)]
-    before = [s.clone() for s in steps]
 
-    def clamp():
-        if steps:
-            torch._foreach_maximum_(steps, torch._foreach_mul(before, 0.5))
-            torch._foreach_minimum_(steps, torch._foreach_mul(before, 2.0))
+    def __init__(self, model):
+        self.steps = [q.steps.data for q in quantizers_of(model)]
+        self.before = [s.clone() for s in self.steps]
 
-    yield clamp
-    clamp()
+    def __enter__(self):
+        if self.steps:
+            torch._foreach_copy_(self.before, self.steps)
+        return self.clamp
+
+    def clamp(self):
+        if self.steps:
+            torch._foreach_maximum_(self.steps, torch._foreach_mul(self.before, 0.5))
+            torch._foreach_minimum_(self.steps, torch._foreach_mul(self.before, 2.0))
+
+    def __exit__(self, *error):
+        self.clamp()
 
 # ------------------------------
 # Cost and budget: bit operations and bytes, and a hard constraint on them
@@ -426,6 +432,10 @@ def adaptive_radius(gap, rho_min, rho_max):
     rho = torch.log1p(torch.as_tensor(gap).clamp(min=0))
     return rho.nan_to_num(nan=rho_min, posinf=rho_max).clamp(rho_min, rho_max)
 
+def plainly(name, piece, *arguments):
+    """Run a piece of a step. What stands in for this may record it at first, and replay it then."""
+    return piece(*arguments)
+
 class ASGA(torch.optim.Optimizer):
     """Sharpness-aware gradient aligning around a torch.optim optimizer:  min_θ L(θ) + L_p(θ − α ∇L(θ)).
 
@@ -438,10 +448,10 @@ class ASGA(torch.optim.Optimizer):
     ASGA(model.parameters(), torch.optim.SGD, lr=0.1, rho_min=…, rho_max=…, alpha=…, buffers=model.buffers())
 
     `step(closure)` is closure, `ascend`, closure, `descend`; the closure clears gradients, runs forward and
-    backward and returns the loss. Neither half waits for the device. Without `buffers` BatchNorm's statistics
-    move twice. alpha=0, adaptive=False, project=False, direction="perturbed" is SAM (Foret et al. 2021);
-    alpha=0, rho_max=0 is the base optimizer, in one pass. `last`: loss, perturbed_loss, gap, rho, grad_norm,
-    cos and projected of the last step, as 0-dim tensors."""
+    backward and returns the loss. No piece waits for the device: `play` may record them. Without `buffers`
+    BatchNorm's statistics move twice. alpha=0, adaptive=False, project=False, direction="perturbed" is SAM
+    (Foret et al. 2021); alpha=0, rho_max=0 is the base optimizer, in one pass. `last`: loss, perturbed_loss,
+    gap, rho, grad_norm, cos and projected of the last step, as 0-dim tensors."""
 
     def __init__(self, params, base_class, *, rho_min, rho_max, alpha, adaptive=True, project=True,
                  direction="mean", buffers=(), **base_settings):
@@ -454,23 +464,28 @@ class ASGA(torch.optim.Optimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state  # shared, not copied
         self.rho_min, self.rho_max, self.alpha = rho_min, rho_max, alpha
         self.adaptive, self.project, self.direction = adaptive, project, direction
-        self.buffers, self.last = list(buffers), {}
+        self.buffers, self.last = {}, {}  # buffers by dtype, so that one kernel copies many
+        for b in buffers:
+            self.buffers.setdefault(b.dtype, []).append(b)
         self.rho = torch.tensor(float(rho_max), device=self.param_groups[0]["params"][0].device)
 
-    def step(self, closure):
-        closure = torch.enable_grad()(closure)
+    def step(self, closure, play=plainly):
+        @torch.enable_grad()
+        def gradients():
+            return closure().detach()
+
         if self.rho_max == self.alpha == 0:
-            return self.one_pass(closure().detach())
+            return play("step", self.one_pass, play("pass", gradients))
         devices = {p.device for group in self.param_groups for p in group["params"] if p.is_cuda}
         with torch.random.fork_rng(devices):  # so that the second pass draws the same dropout
-            loss = closure().detach()
-        self.ascend(loss)
+            loss = play("first pass", gradients)
+        play("ascend", self.ascend, loss)
         try:
-            perturbed_loss = closure().detach()
+            perturbed_loss = play("second pass", gradients)
         except BaseException:
             self.restore()
             raise
-        self.descend(perturbed_loss)
+        play("descend", self.descend, perturbed_loss)
         return loss
 
     @torch.no_grad()
@@ -480,8 +495,8 @@ class ASGA(torch.optim.Optimizer):
         self.params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.g = [p.grad for p in self.params]
         self.norm = torch.nn.utils.get_total_norm(self.g)
-        self.theta = [p.clone() for p in self.params]
-        self.kept = [b.clone() for b in self.buffers]
+        self.theta = torch._foreach_mul(self.params, 1)  # copies, by few kernels
+        self.kept = [torch._foreach_mul(group, 1) for group in self.buffers.values()]
         for p in self.params:
             p.grad = None  # g keeps its memory
         scale = torch.where(self.norm > 0, self.rho / self.norm, 0) - self.alpha
@@ -491,8 +506,8 @@ class ASGA(torch.optim.Optimizer):
     def restore(self):
         """θ and the buffers as they were, bit for bit."""
         torch._foreach_copy_(self.params, self.theta)
-        for buffer, before in zip(self.buffers, self.kept):
-            buffer.copy_(before)
+        for group, before in zip(self.buffers.values(), self.kept):
+            torch._foreach_copy_(group, before)
 
     @torch.no_grad()
     def descend(self, perturbed_loss):
@@ -500,7 +515,7 @@ class ASGA(torch.optim.Optimizer):
         self.restore()
         g, norm = self.g, self.norm
         g_p = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        dot = torch.stack([(a * b).sum() for a, b in zip(g_p, g)]).sum()
+        dot = torch.stack([product.sum() for product in torch._foreach_mul(g_p, g)]).sum()
         conflict = (dot < 0) & (norm > 0) & self.project
         against = torch.where(conflict, dot / norm.square(), 0)
         cos = dot / (norm * torch.nn.utils.get_total_norm(g_p)).clamp_min(1e-30)
@@ -591,7 +606,7 @@ class Search:
     """A supernet on its way to a policy: step(x, y, done) for done = 0 … steps − 1, then policy().
     model: full precision (stays as it was). budget: of plan(). batches: inputs to calibrate with."""
 
-    def __init__(self, model, budget, settings, batches, loss_fn=F.cross_entropy):
+    def __init__(self, model, budget, settings, batches, loss_fn=F.cross_entropy, capture=True):
         self.budget, self.settings, self.loss_fn = budget, settings, loss_fn
         self.net = attach_quantizers(model, budget.choices).to(memory_format=torch.channels_last)
         calibrate(self.net, batches)
@@ -608,7 +623,8 @@ class Search:
         names = "rho_min", "rho_max", "alpha", "adaptive", "project", "direction", "lr", "momentum"
         chosen = {name: getattr(settings, name) for name in names}
         buffers = [b for name, b in self.net.named_buffers() if "quantizer." not in name]  # those never move
-        self.optimizer = ASGA(groups, torch.optim.SGD, buffers=buffers, **chosen)
+        self.optimizer = ASGA(groups, torch.optim.SGD, buffers=buffers, fused=True, **chosen)
+        self.guard, self.play = step_guard(self.net), Captured(budget.lo.device, capture)
         self.write(budget.uniform())
 
     def bits(self):
@@ -617,16 +633,23 @@ class Search:
 
     @torch.no_grad()
     def write(self, bits):
-        torch._foreach_copy_([q.beta for q in self.quantizers], list(bits.flatten().unbind()))
+        torch._foreach_copy_([q.beta for q in self.quantizers], list(bits.flatten().float().unbind()))
 
     def step(self, x, y, done):
         """ASGA step number `done`, and the projection. Returns the log's record, its tensors unread."""
-        cosine(self.optimizer, done, self.settings.steps)
-        update(self.net, self.optimizer, x, y, self.loss_fn, self.settings.precision)
+        settings, bits = self.settings, self.budget.lo.shape
+        cosine(self.optimizer, done, settings.steps)
+        update(self.net, self.optimizer, self.guard, self.play, x, y, self.loss_fn, settings.precision)
+        row = self.play("project", self.project).clone()
+        names = [*self.optimizer.last, "expected_cost"]
+        return {**dict(zip(names, row)), "bits": row[len(names):].view(bits)}
+
+    def project(self):
+        """Bring β back onto the budget. One row of all that the log says of a step."""
         self.write(self.budget.project(self.bits()))
         bits = self.bits()
-        cost = self.budget.cost(bits)[0]
-        return {**self.optimizer.last, "expected_cost": cost, "bits": bits.double().round(decimals=3)}
+        row = torch.stack([*self.optimizer.last.values(), self.budget.cost(bits)[0]])
+        return torch.cat([row, bits.double().round(decimals=3).flatten()])
 
     def policy(self, **info):
         """The Policy nearest to the present bits within the budget. info: more keys of the file."""
@@ -645,7 +668,7 @@ class Search:
         info["candidates"] = {"w": self.settings.candidates_w, "a": self.settings.candidates_a}
         return Policy(self.budget.choose(penalties), self.budget.layers, info)
 
-def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None, **settings):
+def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None, capture=True, **settings):
     """Search a Policy for `model` (full precision, trained; stays as it was) on a proxy data set.
     batches: (inputs, targets) pairs, again and again (a list, a DataLoader); inputs: a tensor or a tuple of
     arguments. loss_fn(outputs, targets) → scalar; of several outputs it gets the first. budget: BUDGET_HELP.
@@ -663,7 +686,7 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     if example_inputs is None:
         example_inputs = [t[:1] for t in as_args(warm[0])]
     budget = plan(model, move(example_inputs), budget, settings)
-    began, run = time.monotonic(), Search(model, budget, settings, warm, loss_fn)
+    began, run = time.monotonic(), Search(model, budget, settings, warm, loss_fn, capture)
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
     for done, (x, y) in enumerate(itertools.islice(stream, settings.steps)):
         record = run.step(move(x), move(y), done)
@@ -881,6 +904,62 @@ def prepared(model):
         for q in quantizers_of(model):
             q.row = None
 
+class Captured:
+    """Runs the pieces of a step: three steps plainly, as a warm-up, then as CUDA graphs, recorded once and
+    replayed, so that Python launches no kernel one by one. Plainly too on a CPU, with on=False, for a batch
+    of another size, and where a piece cannot be recorded (a line says so)."""
+
+    def __init__(self, device, on=True):
+        self.on, self.same, self.steps = on and device.type == "cuda", False, 0
+        self.fixed, self.recorded, self.pool = [], {}, None
+        self.stream = torch.cuda.Stream(device) if self.on else None
+
+    def inputs(self, *batch):
+        """Begin a step: its batch, tensors, in memory that stays."""
+        if not self.on:
+            return batch
+        self.steps += 1
+        self.fixed = self.fixed or [t.clone() for t in batch]
+        self.same = [t.shape for t in batch] == [t.shape for t in self.fixed]
+        if self.same:
+            torch._foreach_copy_(self.fixed, list(batch))
+        return self.fixed if self.same else batch
+
+    def __call__(self, name, piece, *arguments):
+        if not self.on or not self.same:
+            return piece(*arguments)
+        try:
+            if self.steps <= 3:
+                return self.warm(piece, arguments)
+            if name not in self.recorded:
+                self.recorded[name] = self.record(piece, arguments)
+        except RuntimeError as error:
+            self.on = False
+            say(f"steps are not recorded, and slower: {one_line(error)}")
+            return piece(*arguments)
+        replay, result = self.recorded[name]
+        replay()
+        return result
+
+    def warm(self, piece, arguments):
+        """On a side stream, as CUDA wants it. The last time, to wait for the device is an error."""
+        torch.cuda.set_sync_debug_mode("error" if self.steps == 3 else "default")
+        self.stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self.stream):
+                return piece(*arguments)
+        finally:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.set_sync_debug_mode("default")
+
+    def record(self, piece, arguments):
+        """(what replays the piece, the result in memory that stays)."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pool, self.stream):
+            result = piece(*arguments)
+        self.pool = graph.pool()
+        return graph.replay, result
+
 # ------------------------------
 # Networks: the built-in ResNet-20, torchvision's, or a user's own; their weights
 
@@ -1063,9 +1142,13 @@ class ImageSet:
                 images = augment(images, style == "flip", torch.Generator().manual_seed(seed + step))
             yield normalize(images, resolution), y
 
+@functools.cache
+def statistics(device):
+    return torch.tensor([MEAN, STD], device=device)[..., None, None]
+
 def normalize(images, resolution):
     """uint8 [B, 3, S, S] to float32 [B, 3, R, R]."""
-    mean, std = torch.tensor([MEAN, STD], device=images.device)[..., None, None]
+    mean, std = statistics(images.device)
     x = (images.float() / 255 - mean) / std
     if x.shape[-1] != resolution:
         x = F.interpolate(x, size=resolution, mode="bilinear", align_corners=False)
@@ -1190,9 +1273,10 @@ def parameter_groups(model, lr, weight_decay, apart=()):
 
 def cosine(optimizer, done, total, warmup=0.0):
     """Learning rates of step `done`: cosine from base_lr to zero, after a linear warm-up."""
+    share = 0.5 * (1 + math.cos(math.pi * done / total)) * min(1, (done + 1) / (warmup * total + 1))
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * done / total))
-        group["lr"] *= min(1, (done + 1) / (warmup * total + 1))
+        group["lr"] = torch.as_tensor(group["lr"]).to(optimizer.rho)  # where a recorded step reads it
+        group["lr"].fill_(group["base_lr"] * share)
 
 def first_output(out):
     """The logits of networks that return more (auxiliary heads, named tuples, dicts)."""
@@ -1208,27 +1292,35 @@ def backward(net, x, y, loss_fn, precision):
         loss.backward()
     return loss
 
-def update(net, optimizer, x, y, loss_fn, precision):
-    """A step of an ASGA optimizer on one batch."""
+def update(net, optimizer, guard, play, x, y, loss_fn, precision):
+    """A step of an ASGA optimizer on one batch, its pieces run by `play`, quantizer steps guarded."""
+    *x, y = play.inputs(*as_args(x), y)
+
     def closure():
-        clamp()  # the perturbation too: behind a silent layer BatchNorm makes gradients infinite
+        guard.clamp()  # the perturbation too: behind a silent layer BatchNorm makes gradients infinite
         return backward(net, x, y, loss_fn, precision)
 
     net.train()
-    with step_guard(net) as clamp:
-        optimizer.step(closure)
+    with guard:
+        optimizer.step(closure, play)
 
-def evaluate(model, part, resolution, device, batch_size=64):
+def evaluate(model, part, resolution, device, batch_size=64, capture=True):
     """{"accuracy": percent, "loss": cross-entropy} over an ImageSet."""
     part.load(device)
-    right, loss, blocks = 0, 0.0, torch.arange(len(part)).split(batch_size)
-    batches = progress(part.batches(blocks, device), "evaluating, batch", len(blocks))
+    blocks = torch.arange(len(part)).split(batch_size)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def count(images, y):
+        logits = first_output(model(normalize(images, resolution)))
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        total.add_(torch.stack([(logits.argmax(1) == y).sum(), loss]))
+
     with evaluating(model), prepared(model):
-        for images, y in batches:
-            logits = first_output(model(normalize(images, resolution)))
-            right += (logits.argmax(1) == y).sum().item()
-            loss += F.cross_entropy(logits, y, reduction="sum").item()
-    return {"accuracy": 100 * right / len(part), "loss": loss / len(part)}
+        play = Captured(device, capture)
+        for batch in progress(part.batches(blocks, device), "evaluating, batch", len(blocks)):
+            play("batch", count, *play.inputs(*batch))
+    right, loss = (total / len(part)).tolist()
+    return {"accuracy": 100 * right, "loss": loss}
 
 # ------------------------------
 # Commands: a folder each with log and checkpoints; stopped at any step and continued
@@ -1266,7 +1358,8 @@ class Job:
         self.val.load(self.device)  # a broken image shows now
         cfg = self.cfg
         cfg.out = cfg.out or time.strftime("runs/%Y%m%d-%H%M%S")
-        settings = {key: value for key, value in vars(cfg).items() if key not in ("function", "out")}
+        free = "function", "out", "capture"  # a run may go on with another value of these
+        settings = {key: value for key, value in vars(cfg).items() if key not in free}
         self.settings = json.loads(json.dumps(settings))
         self.out, config = Path(cfg.out), Path(cfg.out) / "config.json"
         self.out.mkdir(parents=True, exist_ok=True)
@@ -1291,18 +1384,20 @@ class Job:
         """Metrics on val; new_statistics: BatchNorm's anew, as rounding shifts them (our choice)."""
         if new_statistics:
             torch.optim.swa_utils.update_bn(self.inputs(16), net)
-        return evaluate(net, self.val, self.resolution, self.device)
+        return evaluate(net, self.val, self.resolution, self.device, capture=self.cfg.capture)
 
     def tune(self, model, phase, epochs, lr, weight_decay, warmup=0.0):
         """Train by SGD; the seconds it took."""
         total = epochs * max(1, len(self.train) // self.cfg.batch_size)
         groups = parameter_groups(model, lr, weight_decay)
-        optimizer = ASGA(groups, torch.optim.SGD, **METHODS["joint"], momentum=0.9, nesterov=True)
+        still = dict(METHODS["joint"], momentum=0.9, nesterov=True, fused=True)
+        optimizer = ASGA(groups, torch.optim.SGD, lr=lr, **still)
+        guard, play = step_guard(model), Captured(self.device, self.cfg.capture)
 
         def step(x, y, done):
             cosine(optimizer, done, total, warmup)
-            update(model, optimizer, x, y, F.cross_entropy, self.cfg.precision)
-            return {"loss": optimizer.last["loss"]}
+            update(model, optimizer, guard, play, x, y, F.cross_entropy, self.cfg.precision)
+            return {"loss": optimizer.last["loss"].clone()}
 
         return self.loop(phase, total, self.stream, step, {"model": model, "optimizer": optimizer})
 
@@ -1340,7 +1435,7 @@ class Job:
                 records.append({"step": done, **record, "time": round(now - began, 3)})
                 latest.update(record)
                 if self.stopping or done + 1 == total or now - saved > 60:
-                    lines += map(self.line, records)
+                    lines += self.lines(records)
                     write_atomic(log, "".join(lines))  # first: no checkpoint is ahead of its log
                     state = {name: thing.state_dict() for name, thing in objects.items()}
                     state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
@@ -1358,11 +1453,16 @@ class Job:
         say("stopping after this step (again: at once)")
         on_signals(signal.default_int_handler)
 
-    def line(self, record):
-        """A line of the log; AsgaError where the loss is not finite."""
-        if not math.isfinite(record["loss"]):
-            raise AsgaError(f"loss {record['loss']}, step {record['step']}: lower --lr, in another --out")
-        return json.dumps(record, default=torch.Tensor.tolist) + "\n"
+    def lines(self, records):
+        """The log's lines, read from the device in one block; AsgaError where a loss is not finite."""
+        for key in [key for key, value in records[0].items() if torch.is_tensor(value)]:
+            column = torch.stack([record[key] for record in records]).tolist()
+            for record, value in zip(records, column):
+                record[key] = value
+        for record in records:
+            if not math.isfinite(record["loss"]):
+                raise AsgaError(f"loss {record['loss']}, step {record['step']}: lower --lr, in another --out")
+        return [json.dumps(record) + "\n" for record in records]
 
     def restore(self, checkpoint, objects):
         """(steps done, their seconds) of a checkpoint, its states put back; (0, 0) without one."""
@@ -1402,7 +1502,7 @@ def cmd_search(cfg):
     fp_seconds = 0.0 if untrained else job.full_precision()
     torch.manual_seed(cfg.seed)
     began = time.monotonic()
-    run = Search(job.model, budget, settings, job.inputs(4))
+    run = Search(job.model, budget, settings, job.inputs(4), capture=cfg.capture)
     seconds, objects = time.monotonic() - began, {"net": run.net, "optimizer": run.optimizer}
     seconds += job.loop("search", settings.steps, job.stream, run.step, objects)
     about = dict(method=cfg.method, seed=cfg.seed, seconds=round(seconds, 3), device=describe(job.device),
@@ -1501,6 +1601,7 @@ def parse(argv):
     add(fit + " eval", "only these classes, like 0-4,7", classes="")
     add(fit + " eval", "cpu, cuda, cuda:1", device="auto")
     add(fit + " eval", "compile the quantizers", compile=True)
+    add(fit + " eval", "on CUDA: record the steps in graphs", capture=True)
     add(fit, "resnet20, a torchvision model, or file.py:function", arch="")
     add(fit, "full-precision ones: a file, or imagenet", weights="")
     add(fit, "0: the images'; torchvision: 64, MACs at 224", resolution=0, cost_resolution=0)
