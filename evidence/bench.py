@@ -21,24 +21,20 @@ import time
 
 import torch
 import torch.nn.functional as F
-from common import asga, run
+from common import asga, moved, run, table
 from torch.profiler import ProfilerActivity, profile
 
 VARIANTS = {  # name: method of Bench, arguments, compared with
     "full_precision": ("tuning", {}, ""),
     "two_pass": ("tuning", {"passes": 2}, "full_precision"),
-    "transfer": ("tuning", {"bits": 4}, "full_precision"),
     "joint": ("search", {"method": "joint"}, "full_precision"),
     "asga": ("search", {}, "two_pass"),
-    "asga_quantizers_off": ("search", {"quantizers": False}, "asga"),
     "asga_3_candidates": ("search", {"bits": (2, 4, 8)}, ""),
     "asga_12_candidates": ("search", {"bits": tuple(range(2, 14))}, "asga_3_candidates"),
-    "evaluate_full_precision": ("evaluation", {}, ""),
-    "evaluate_quantized": ("evaluation", {"bits": 4}, "evaluate_full_precision"),
 }
 
 class Bench:
-    """One network and batch; tuning, search and evaluation make variants: functions without arguments."""
+    """One network and batch; tuning and search make variants: functions without arguments."""
 
     def __init__(self, arch, resolution, batch_size, precision, device):
         self.precision, self.device = precision, device
@@ -52,28 +48,19 @@ class Bench:
         method, arguments, _ = VARIANTS[name]
         return getattr(self, method)(**arguments)
 
-    def network(self, bits):
-        return asga.quantize(self.model, bits, self.x) if bits else copy.deepcopy(self.model)
-
-    def tuning(self, passes=1, bits=None, rho=0.05):
-        """A step of SGD; with two passes, of SAM; with bits, of `asga.py transfer`."""
-        net, data = self.network(bits).train(), (self.x, self.y, F.cross_entropy, self.precision)
-        for q in asga.quantizers_of(net)[1:2]:  # the first layer's input
-            q.steps.requires_grad_(False)
-        groups = asga.parameter_groups(net, 0.01, 1e-4)
-        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=bits is not None)
-        params = [p for p in net.parameters() if p.requires_grad]
+    def tuning(self, passes=1, rho=0.05):
+        """A step of SGD; with two passes, of SAM."""
+        net, data = copy.deepcopy(self.model).train(), (self.x, self.y, F.cross_entropy, self.precision)
+        optimizer = torch.optim.SGD(asga.parameter_groups(net, 0.01, 1e-4), momentum=0.9)
+        params = [*net.parameters()]
 
         def step():
             asga.backward(net, *data)
             if passes == 2:
-                before, grads = [p.detach().clone() for p in params], [p.grad for p in params]
-                scale = rho / torch.nn.utils.get_total_norm(grads)
-                torch._foreach_add_([p.data for p in params], torch._foreach_mul(grads, scale))
-                asga.backward(net, *data)
-                torch._foreach_copy_([p.data for p in params], before)
-            with asga.step_guard(net):
-                optimizer.step()
+                grads = [p.grad for p in params]
+                with moved(params, grads, rho / torch.nn.utils.get_total_norm(grads)):
+                    asga.backward(net, *data)
+            optimizer.step()
         return step
 
     def supernet(self, bits=asga.CANDIDATES, **settings):
@@ -83,20 +70,9 @@ class Bench:
         plan = asga.plan(self.model, self.x[:1], "3bit", settings)
         return asga.Search(self.model, plan, settings, [self.x])
 
-    def search(self, quantizers=True, **settings):
+    def search(self, **settings):
         run = self.supernet(**settings)
-        for q in run.quantizers:
-            q.enabled = quantizers
         return lambda: run.step(self.x, self.y, 0)
-
-    def evaluation(self, bits=None):
-        net = self.network(bits)
-
-        def step():
-            with asga.evaluating(net), asga.prepared(net):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    net(self.x)
-        return step
 
 def timed(step):
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else int
@@ -132,7 +108,7 @@ def measure(bench, rounds):
         for name, step in variants.items():
             samples.setdefault(name, []).append(timed(step))
     samples = {name: times[3:] for name, times in samples.items()}
-    memory = {name: peak_bytes(bench, name) for name in ("full_precision", "two_pass", "asga", "transfer")}
+    memory = {name: peak_bytes(bench, name) for name in ("full_precision", "two_pass", "asga")}
     for name, (_, _, to) in VARIANTS.items():
         if to:
             ratios[f"{name}_over_{to}"] = statistics.median(a / b for a, b in zip(samples[name], samples[to]))
@@ -157,24 +133,20 @@ def knapsack_times(arch):
 
 def show(results):
     """Markdown: a column for each network, then the knapsack."""
-    def row(*cells):
-        print("| " + " | ".join(cells) + " |")
-
     def milliseconds(times):
         return f"{1e3 * statistics.median(times):.0f} ({1e3 * min(times):.0f}-{1e3 * max(times):.0f})"
 
-    steps = [result for result in results if "ratios" in result]
+    steps, rows = [result for result in results if "ratios" in result], []
+    for name in ("full_precision", "two_pass", "joint", "asga"):
+        rows.append([f"{name}, ms (range)", *[milliseconds(r["samples"][name]) for r in steps]])
+    for kind in ("ratios", "compile"):
+        for name in dict.fromkeys(itertools.chain(*[r[kind] for r in steps])):
+            rows.append([name, *[f"{r[kind].get(name, math.nan):.2f}" for r in steps]])
     if steps:
-        row("", *[f"{r['settings']['arch']}, {r['settings']['precision']}" for r in steps])
-        row("---", *["---" for r in steps])
-        for name in ("full_precision", "two_pass", "joint", "asga", "transfer"):
-            row(f"{name}, ms (range)", *[milliseconds(r["samples"][name]) for r in steps])
-        for kind in ("ratios", "compile"):
-            for name in dict.fromkeys(itertools.chain(*[r[kind] for r in steps])):
-                row(name, *[f"{r[kind].get(name, math.nan):.2f}" for r in steps])
+        print(table(["", *[f"{r['settings']['arch']}, {r['settings']['precision']}" for r in steps]], rows))
     for result in results:
         for arch, times in result.get("knapsack", {}).items():
-            row(f"knapsack, {arch}, ms (range)", milliseconds(times))
+            print(f"knapsack, {arch}, ms (range): {milliseconds(times)}")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -189,8 +161,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.table:
         return show([asga.read_json(name) for name in args.table])
-    if min(args.rounds, args.batch_size, args.resolution) < 1:
-        raise asga.AsgaError("--rounds, --batch-size and --resolution must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {"device": asga.describe(device), **asga.VERSIONS, "settings": vars(args)}
     if args.knapsack:

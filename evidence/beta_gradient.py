@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import asga, run, settings_of
+from common import asga, gradient, moved, planned, run
 from torch.nn.utils import get_total_norm
 
 BATCHES = 192
@@ -32,21 +32,18 @@ def beta_gradients(run, batches):
     normal = F.normalize(run.budget.gradient(run.bits()).flatten()[free], dim=0)  # ∇ log C
     run.net.train()
 
-    def gradient(i, x, y):
+    def gradients(i, x, y):
         with torch.random.fork_rng():
             torch.manual_seed(i)
-            loss = F.cross_entropy(asga.first_output(run.net(x)), y)
-        grads = torch.autograd.grad(loss, params + run.beta, materialize_grads=True)
+            _, grads = gradient(run.net, params + run.beta, x, y)
         beta = torch.stack(grads[len(params):]).to(normal)
         return grads[:len(params)], beta - (beta @ normal) * normal
 
     found = []
     for i, (x, y) in enumerate(batches):
-        g, g_beta = gradient(i, x, y)
-        before, scale = [p.detach().clone() for p in params], run.settings.rho_max / get_total_norm(g)
-        torch._foreach_add_([p.data for p in params], torch._foreach_mul(g, scale - run.settings.alpha))
-        g_p, g_p_beta = gradient(i, x, y)
-        torch._foreach_copy_([p.data for p in params], before)
+        g, g_beta = gradients(i, x, y)
+        with moved(params, g, run.settings.rho_max / get_total_norm(g) - run.settings.alpha):
+            g_p, g_p_beta = gradients(i, x, y)
         dot = sum((a * b).sum() for a, b in zip(g, g_p))
         found.append((g_beta, g_p_beta, dot / (get_total_norm(g) * get_total_norm(g_p))))
     return [torch.stack(part) for part in zip(*found)]
@@ -78,23 +75,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--supernet", help="supernet.pt of a search with these flags")
     args, rest = parser.parse_known_args(argv)
-    cfg = asga.parse(["search", *rest])
-    if cfg.method == "uniform" or not cfg.data or not cfg.weights:
-        raise asga.AsgaError("this needs --data, --weights, and a method that searches")
-    job = asga.Job(cfg, "policy.json")
-    settings = settings_of(cfg)
-    plan = asga.plan(job.model, job.example, cfg.budget, settings)
-    run = asga.Search(job.model, plan, settings, job.inputs(4))
+    job, settings, budget = planned(rest)
+    cfg = job.cfg
+    if cfg.method == "uniform" or not cfg.weights:
+        raise asga.AsgaError("this needs --weights, and a method that searches")
+    run = asga.Search(job.model, budget, settings, job.inputs(4))
     if args.supernet:
         found = asga.read_checkpoint(args.supernet).get("state", {})
         if found.keys() != run.net.state_dict().keys():
             raise asga.AsgaError(f"{args.supernet} is of a search with other flags")
         run.net.load_state_dict(found)
     g, g_p, whole = beta_gradients(run, itertools.islice(job.stream(0), BATCHES))
-    at = "/".join(Path(args.supernet).parts[-2:]) if args.supernet else "start"
-    told = {"arch": cfg.arch, "data": Path(cfg.data).name, "budget": cfg.budget, "at": at}
-    told |= {"rho": settings.rho_max, "alpha": settings.alpha, "seed": cfg.seed}
-    told |= {"batches": BATCHES, "batch_size": cfg.batch_size, "free": len(run.beta)}
+    used = vars(cfg) | vars(settings)
+    told = {key: used[key] for key in ("arch", "budget", "rho_max", "alpha", "seed", "batch_size")}
+    told |= {"data": Path(cfg.data).name, "at": args.supernet or "start", "batches": BATCHES}
     told["all"] = {"cos": {"g, g_p": round(whole.mean().item(), 4)}}
     print(json.dumps({**told, **summary(g, g_p)}, ensure_ascii=False))
 

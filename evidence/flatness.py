@@ -13,22 +13,21 @@ policy       of a search: its policy's accuracy, by the old BatchNorm statistics
 import argparse
 import json
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from common import asga, run
+from common import asga, gradient, moved, run
 from torch.nn.utils import get_total_norm
 
-IMAGES, JUDGED, RHO, SIGMA, DRAWS = 256, 2500, 0.05, 0.1, 3
+IMAGES, JUDGED, RHO, SIGMA, DRAWS, ROUNDS = 256, 2500, 0.05, 0.1, 3, 100
 
 def load(run, data, device):
     """(network with its quantizers, train, val, resolution) of the folder of a search or transfer."""
-    files = [run / name for name in ("supernet.pt", "model.pt") if (run / name).exists()]
-    if not files:
-        raise asga.AsgaError(f"{run} holds no supernet.pt and no model.pt: give the folder of a finished run")
-    saved, (classes, train, val) = asga.read_checkpoint(files[0]), asga.load_data(data, "data")
+    path = run / ("supernet.pt" if (run / "supernet.pt").exists() else "model.pt")
+    saved, (classes, train, val) = asga.read_checkpoint(path), asga.load_data(data, "data")
     if classes != saved["classes"]:
-        raise asga.AsgaError(f"{files[0]} knows other classes than --data {data}")
+        raise asga.AsgaError(f"{path} knows other classes than --data {data}")
     train.size = val.size = min(val.size or saved["resolution"], saved["resolution"])
     model, state, choices = asga.build(saved["arch"], len(classes)), saved["state"], {}
     for name in asga.layers_of(model):
@@ -45,27 +44,22 @@ def batch(part, count, size, device):
     (images, y), = part.batches([drawn], device)
     return asga.normalize(images, size), y
 
-def gradient(net, params, x, y, graph=False):
-    """(loss, its gradient by params)"""
-    loss = F.cross_entropy(asga.first_output(net(x)), y)
-    return loss, torch.autograd.grad(loss, params, create_graph=graph, materialize_grads=True)
-
-def eigenvalue(net, x, y, rounds=100, tolerance=0.02):
+def eigenvalue(net, x, y, tolerance=0.02):
     """(largest eigenvalue by magnitude, rounds of power iteration). H v is the derivative of ⟨∇L, v⟩ by
     straight-through gradients. It ends at ‖Hv − λv‖ ≤ tolerance · |λ|: λ itself may rest for long."""
     params = [layer.weight for layer in asga.layers_of(net).values()]
     torch.manual_seed(0)
     product = [torch.randn_like(p) for p in params]
     _, g = gradient(net, params, x, y, graph=True)
-    for done in range(1, rounds + 1):
+    for done in range(1, ROUNDS + 1):
         norm = get_total_norm(product)
         v = [a / norm for a in product]
         product = torch.autograd.grad(g, params, v, retain_graph=True, materialize_grads=True)
         value = sum((a * b).sum() for a, b in zip(v, product)).item()
         if get_total_norm([b - value * a for a, b in zip(v, product)]) <= tolerance * abs(value):
             return value, done
-    asga.say(f"the power iteration did not settle in {rounds} rounds: the eigenvalue is a lower bound")
-    return value, rounds
+    asga.say(f"the power iteration did not settle in {ROUNDS} rounds: the eigenvalue is a lower bound")
+    return value, ROUNDS
 
 def kind_of(name, p):
     last = name.rpartition(".")[2]
@@ -75,11 +69,9 @@ def gaps(net, x, y):
     """{"loss", "grad_norm", "gap", "moves", "cos"}; the network is as before afterwards."""
     kinds, params = zip(*[(kind_of(name, p), p) for name, p in net.named_parameters() if p.requires_grad])
     loss, g = gradient(net, params, x, y)
-    norm, before = get_total_norm(g), [p.detach().clone() for p in params]
-    torch._foreach_add_([p.data for p in params], g, alpha=RHO / norm.item())
-    perturbed, g_p = gradient(net, params, x, y)
-    torch._foreach_copy_([p.data for p in params], before)
-    moves, cos = {}, {}
+    norm, moves, cos = get_total_norm(g), {}, {}
+    with moved(params, g, RHO / norm):
+        perturbed, g_p = gradient(net, params, x, y)
     for kind in dict.fromkeys(kinds):
         a, b = (torch.cat([part.flatten() for part, its in zip(grads, kinds) if its == kind]).double()
                 for grads in (g, g_p))
@@ -88,18 +80,15 @@ def gaps(net, x, y):
     gap = {RHO: (perturbed - loss).item()}
     return {"loss": loss.item(), "grad_norm": norm.item(), "gap": gap, "moves": moves, "cos": cos}
 
-@torch.no_grad()
 def noise(net, accuracy):
     """{σ: mean accuracy}; the network is as before afterwards."""
-    weights, found = [layer.weight for layer in asga.layers_of(net).values()], []
-    before = [w.clone() for w in weights]
+    weights, found = [layer.weight.detach() for layer in asga.layers_of(net).values()], []
     for draw in range(DRAWS):
         generator = torch.Generator().manual_seed(draw)
-        for w in weights:
-            w.add_(torch.randn(w.shape, generator=generator).to(w) * SIGMA * w.square().mean().sqrt())
-        found.append(accuracy(net))
-        torch._foreach_copy_(weights, before)
-    return {SIGMA: sum(found) / DRAWS}
+        drawn = [torch.randn(w.shape, generator=generator).to(w) for w in weights]
+        with moved(weights, [z * w.square().mean().sqrt() for z, w in zip(drawn, weights)], SIGMA):
+            found.append(accuracy(net))
+    return {SIGMA: mean(found)}
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -17,7 +17,7 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from common import asga, run, settings_of
+from common import asga, planned, run
 from scipy.optimize import brentq
 from torch import nn
 
@@ -45,8 +45,7 @@ class SoftmaxSearch(asga.Search):
 
     def __init__(self, *args, weight=0.0):
         self.weight, self.logits = weight, []  # none as long as the parent prepares
-        super().__init__(*args)
-        self.loss_fn = self.loss
+        super().__init__(*args, self.loss)
         for q in self.quantizers:
             del q.beta
             q.logits = nn.Parameter(torch.zeros_like(q.steps))
@@ -138,10 +137,8 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)
     kind, _, method = args.method.rpartition("-")
     how = ["--augment", "auto", "--method", method] if kind else ["--augment", "none", "--method", "joint"]
-    cfg = asga.parse(["search", "--steps", "200", *how, *flags])
-    settings = settings_of(cfg)
-    job = asga.Job(cfg, "policy.json")
-    budget = asga.plan(job.model, job.example, cfg.budget, settings)
+    job, settings, budget = planned(["--steps", "200", *how, *flags])
+    cfg = job.cfg
     job.start()
     if method != "random":
         job.full_precision()  # as `search`, where none is given

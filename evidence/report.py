@@ -4,15 +4,15 @@
 
 A run is a line of runs.jsonl; a transfer has a "cell". What is compared and shown stands in plan.json.
 """
+import argparse
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from statistics import mean, median, stdev
 
 import numpy as np
-from common import asga, run
+from common import asga, run, table
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -85,7 +85,7 @@ def arranged(records):
     for record in records.values():
         if record.get("cell") and record["needs"][0] in records:
             cell, search = record["cell"], records[record["needs"][0]]
-            own = measured(record, records) | {"bits": np.array(list(search["policy"].values()))}
+            own = measured(record, records)
             own["M BOPs"] = own["policy_bops"] / 1e6
             # a search counts once: lite0long takes lite0's
             if search["name"].startswith(f"policy/{cell['net']}-"):
@@ -149,11 +149,6 @@ def versus(one, other, measure):
     text = signed(found, student(found), measure) if len(found) > 2 else form(mean(found), measure, "+")
     return text if len(found) == len(one) else f"{text} (n = {len(found)})"
 
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    return f"{text}\n" if rows else "Not run.\n"
-
 def verdicts(claims, runs, first=False):
     """A row for each comparison; `first`: of each claim only the first pair and measure."""
     rows, end = [], 1 if first else None
@@ -171,9 +166,6 @@ def verdicts(claims, runs, first=False):
 
 def spread(runs, measure):
     """"mean ± standard deviation", the latter where the runs differ; of times the median."""
-    if measure == "bits":
-        pairs = itertools.combinations([run["bits"] for run in runs.values()], 2)
-        return f"{mean(np.abs(a - b).mean() for a, b in pairs):.2f}" if len(runs) > 1 else ""
     values = [run[measure] for run in runs.values() if run.get(measure) is not None]
     if "seconds" in measure or len(set(values)) < 2:
         return form(median(values), measure) if values else ""
@@ -198,13 +190,11 @@ def ranks(runs):
         return stats.spearmanr(x, y).statistic
 
     rows = []
-    for where, ranked, key in itertools.product(runs, PLAN["ranks"].items(), ("accuracy", "loss")):
-        what, sides = ranked
-        one, other = (runs[where].get(label, {}) for label in sides[::2])
-        seeds = sorted(set(one) & set(other))
+    for where, (what, sides), key in itertools.product(runs, PLAN["ranks"].items(), ("accuracy", "loss")):
+        found = [(runs[where].get(label, {}), f"{part} {key}") for label, part in sides]
+        seeds = sorted(set.intersection(*[set(own) for own, _ in found]))
         if len(seeds) >= 10:
-            sides = zip((one, other), sides[1::2])
-            both = [[found[seed][f"{part} {key}"] for seed in seeds] for found, part in sides]
+            both = [[own[seed][measure] for seed in seeds] for own, measure in found]
             low, high = bootstrap(spearman, *both)
             rows.append([where, what, key, len(seeds), f"{spearman(*both):+.2f} [{low:+.2f}, {high:+.2f}]"])
     return table(["on", "random policies ranked", "by", "n", "Spearman's correlation [95 %]"], rows)
@@ -249,20 +239,17 @@ def write(plan, places):
     lines = "".join(json.dumps(record) + "\n" for record in records.values())
     asga.write_atomic(folder / "runs.jsonl", lines)
     ran = [f"{name} {len(records.keys() & jobs)}/{len(set(jobs))}" for name, jobs in plan.sections.items()]
-    lack = [cell for cell, name in plan.transfers.items() if name not in records]
-    lack = sorted({f"{cell.net} {cell.budget} {cell.method}" for cell in lack})
     devices = sorted({record["device"] for record in records.values() if record.get("device")})
-    page = (f"# What came out\n\nRuns, of those planned: {', '.join(ran)}. Not run for every seed: "
-            f"{', '.join(lack) or 'none'}. Searched on {' and '.join(devices)}. All runs: "
-            "[runs.jsonl](reproduce/runs.jsonl).\n\n") + text(runs) + "\n" + plots(runs, folder)
+    head = f"Runs, of those planned: {', '.join(ran)}. Searched on {' and '.join(devices)}. "
+    head += "All runs: [runs.jsonl](reproduce/runs.jsonl)."
+    page = f"# What came out\n\n{head}\n\n{text(runs)}\n{plots(runs, folder)}"
     asga.write_atomic(places["out"] / "reproduce.md", page)
 
 def main():
-    try:
-        records = [json.loads(row) for row in open(sys.argv[1])]
-        print(text(arranged({record["name"]: record for record in records})))
-    except (IndexError, TypeError, ValueError, KeyError) as error:
-        raise asga.AsgaError(f"give a runs.jsonl of reproduce.sh ({error!r})") from None
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=open, help="runs.jsonl of reproduce.sh")
+    records = map(json.loads, parser.parse_args().runs)
+    print(text(arranged({record["name"]: record for record in records})))
 
 if __name__ == "__main__":
     run(main)

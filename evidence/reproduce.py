@@ -48,9 +48,8 @@ class Plan:
         return name
 
     def common(self, net, data):
-        arch, resolution = (str(self.networks[net][key]).format(name=net) for key in ("arch", "resolution"))
         place = data if data == "digits" else f"{{{data}}}"
-        return f"--arch {arch} --resolution {resolution} --data {place}"
+        return f"{self.networks[net]['flags'].format(name=net)} --data {place}"
 
     def weights(self, net, data):
         """(file, runs that make it). Where it lies beside the report, it is taken: others do not compare."""
@@ -65,8 +64,7 @@ class Plan:
         share = "" if cell.share == "1.0" else f"-{cell.share}"
         name = f"policy/{net}-{cell.proxy}-{cell.budget}-{cell.method}{share}-{cell.seed}"
         command = method["command"].format(name=cell.method, end=cell.method.rpartition("-")[2])
-        command += f" {self.common(net, cell.proxy)} --budget {cell.budget}"
-        command += f" --cost-resolution {network['cost']} --seed {cell.seed}"
+        command += f" {self.common(net, cell.proxy)} --budget {cell.budget} --seed {cell.seed}"
         if cell.method == "uniform":
             return self.add(name, "policy.json", [], command)
         weights, needs = self.weights(net, cell.proxy)
@@ -86,8 +84,7 @@ class Plan:
         weights, needs = self.weights(net, cell.target)
         name = f"transfer/{cell.net}{policy.removeprefix(f'policy/{net}')}-to-{cell.target}"
         command = f"asga.py transfer {{work}}/{policy}/policy.json {self.common(net, cell.target)}"
-        cost, tune = self.networks[net]["cost"], self.networks[cell.net]["tune"]
-        command += f" --seed {cell.seed} --weights {weights} --cost-resolution {cost} {tune}"
+        command += f" --seed {cell.seed} --weights {weights} {self.networks[cell.net]['tune']}"
         self.transfers[cell] = self.add(name, "metrics.json", [policy, *needs], command)
         names += [*needs, name]
         for made, data in ((policy, "proxy"), (name, "target")) if flatness else ():

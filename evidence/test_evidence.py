@@ -1,26 +1,21 @@
 """What the evidence computes, against plain oracles."""
-import functools
 import json
-import sys
 import time
 from pathlib import Path
 
+import bench
+import beta_gradient
+import flatness
+import policies
 import pytest
+import report
+import reproduce
 import torch
 import torch.nn.functional as F
+from common import ROOT, asga
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import bench  # noqa: E402, I001
-import beta_gradient  # noqa: E402
-import flatness  # noqa: E402
-import policies  # noqa: E402
-import report  # noqa: E402
-import reproduce  # noqa: E402
-import asga  # noqa: E402
-
-RUNS = {run["name"]: run for run in report.read(HERE.parent / "results/reproduce/runs.jsonl")}
+RUNS = {run["name"]: run for run in report.read(ROOT / "results/reproduce/runs.jsonl")}
 asga.Fused.on = False  # nothing here is worth compiling
 
 def small(kind=asga.Search, **more):
@@ -51,10 +46,10 @@ def test_committed_runs_are_planned_and_read_as_they_were():
     assert all(jobs[name].needs == run["needs"] for name, run in RUNS.items())
     # a search counts once, where its policy is tuned twice
     assert "search log" not in runs["lite0long 3bit"]["asga"][0] and "asga:10%" in runs["resnet20b 2.4bit"]
-    committed = (HERE.parent / "results/reproduce.md").read_text()
+    committed = (ROOT / "results/reproduce.md").read_text()
     assert report.verdicts(report.PLAN["headline"], runs, first=True) in committed
     assert report.ranks(runs) in committed
-    taken = reproduce.Plan("full", HERE.parent / "results").jobs["policy/resnet20b-proxy-2.4bit-joint-0"]
+    taken = reproduce.Plan("full", ROOT / "results").jobs["policy/resnet20b-proxy-2.4bit-joint-0"]
     assert taken.needs == [] and "--weights {out}/reproduce/fp/resnet20b-proxy/" in taken.command
 
 def test_planned_commands_are_understood():
@@ -131,9 +126,9 @@ def test_softmax_search_keeps_the_budget_by_tilting():
 
 def test_random_policies_lie_on_the_budget():
     run = small()[0]
-    found = [policies.choose(run, policies.distances(run, seed)) for seed in range(4)]
-    spent = [run.budget.spent(torch.tensor(list(layers.values())).t()).item() for layers in found]
-    assert all(0.99 <= share <= 1 for share in spent) and found[0] != found[1]
+    found = [policies.choose(run, policies.distances(run, seed)).values() for seed in range(4)]
+    assert all(0.99 <= run.budget.spent(torch.tensor([*bits]).t()) <= 1 for bits in found)
+    assert [*found[0]] != [*found[1]]
 
 def test_sensitivity_is_the_loss_of_one_quantized_tensor():
     run, x, y = small()
@@ -146,29 +141,26 @@ def test_sensitivity_is_the_loss_of_one_quantized_tensor():
         assert found[place][bits] == pytest.approx(F.cross_entropy(net(x), y).item() - base, abs=1e-6) != 0
         q.enabled = False
 
-def test_bench_measures_every_variant_and_refuses_nonsense(capsys):
+def test_bench_measures_every_variant(capsys):
     found = bench.measure(bench.Bench("resnet20", 16, 4, "float32", torch.device("cpu")), 1)
     assert set(found["samples"]) == set(bench.VARIANTS) and found["ratios"]["asga_over_two_pass"] > 1
-    full, two, most, _ = found["peak_bytes"].values()
+    full, two, most = found["peak_bytes"].values()
     assert full < two < most
-    bench.main(["--table", *map(str, (HERE.parent / "results" / "bench").glob("*.json"))])
+    bench.main(["--table", *map(str, (ROOT / "results/bench").glob("*.json"))])
     assert "| asga_over_two_pass | " in capsys.readouterr().out
-    with pytest.raises(asga.AsgaError, match="at least 1"):
-        bench.main(["--rounds", "0"])
 
 def test_flatness_of_a_search(tmp_path, monkeypatch):
     where = [str(tmp_path), "--data", "digits", "--out", str(tmp_path / "flat")]
-    with pytest.raises(asga.AsgaError, match="holds no supernet.pt"):
+    with pytest.raises(asga.AsgaError, match="model.pt holds no"):
         flatness.main(where)
-    monkeypatch.setattr(flatness, "eigenvalue", functools.partial(flatness.eigenvalue, rounds=2))
-    for name, less in (("IMAGES", 4), ("JUDGED", 20), ("DRAWS", 1)):
+    for name, less in (("IMAGES", 4), ("JUDGED", 20), ("DRAWS", 1), ("ROUNDS", 2)):
         monkeypatch.setattr(flatness, name, less)
     flags = ["--random-weights", "--steps", "1", "--images", "0.1", "--batch-size", "8", "--no-compile"]
     assert asga.main(["search", *flags, "--data", "digits", "--out", str(tmp_path)]) == 0
     flatness.main(where)
     assert '"rounds": 2' in (tmp_path / "flat" / "flatness.json").read_text()
 
-def test_eigenvalue_and_gap():
+def test_eigenvalue_and_gap(monkeypatch):
     run, x, y = small()
     net, weights = run.net.eval(), [layer.weight for layer in asga.layers_of(run.net).values()]
     rows, g = [], torch.autograd.grad(F.cross_entropy(net(x), y), weights, create_graph=True)
@@ -176,7 +168,8 @@ def test_eigenvalue_and_gap():
         row = torch.autograd.grad(entry, weights, retain_graph=True, materialize_grads=True)
         rows.append(torch.cat([part.flatten() for part in row]))
     largest = torch.linalg.eigvals(torch.stack(rows)).abs().max().item()
-    found, _ = flatness.eigenvalue(net, x, y, rounds=3000, tolerance=1e-4)
+    monkeypatch.setattr(flatness, "ROUNDS", 3000)
+    found, _ = flatness.eigenvalue(net, x, y, tolerance=1e-4)
     assert abs(found) == pytest.approx(largest, rel=1e-2) and largest > 1e-3
     params = [p for p in net.parameters() if p.requires_grad]
     before, told = [p.clone() for p in params], flatness.gaps(net, x, y)
