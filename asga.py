@@ -7,7 +7,7 @@ An open reference implementation, in one file and not by the authors, of
     python asga.py search                                    bits per layer, found on the proxy set
     python asga.py transfer runs/…/policy.json --data DIR    the same bits on the target set, weights tuned
 
-First the method, to the banner "the method ends here": quantizer, supernet, cost and budget, ASGA, search.
+First the method: quantizer, supernet, cost and budget, ASGA, search.
 The paper's symbols: θ = (w, s, β) weights, quantizer steps, real-valued bitwidths; L loss; g its gradient;
 ρ radius; h = L_p − L gap; α alignment step; C(β) expected cost, C* budget. "Our choice" marks what it
 leaves open; README.md numbers these choices.
@@ -142,6 +142,7 @@ class Quantizer(nn.Module):
     def observe(self, x, limit=65536):
         """Keep of x whether any value is negative, and at most `limit` values."""
         negative, x = bool((x < 0).any()), x.flatten()
+        Fused.largest = max(Fused.largest, len(x))
         if len(x) > limit:
             draw = torch.randint(len(x), (limit,), generator=torch.Generator().manual_seed(0))
             x = x[draw.to(x.device)]
@@ -279,7 +280,7 @@ def quantize(model, bits_or_policy, example_inputs, *, keep=8):
 
 class step_guard:
     """`with step_guard(model): optimizer.step()`: no quantizer step more than halves or doubles, as one below
-    zero would silence its layer. `as clamp`: clamp() does so at once, in a closure."""
+    zero would silence its layer."""
 
     def __init__(self, model):
         self.steps = [q.steps.data for q in quantizers_of(model)]
@@ -288,7 +289,6 @@ class step_guard:
     def __enter__(self):
         if self.steps:
             torch._foreach_copy_(self.before, self.steps)
-        return self.clamp
 
     def clamp(self):
         if self.steps:
@@ -304,13 +304,11 @@ class step_guard:
 BUDGET_HELP = "3bit (the cost of uniform 3/3), 7.2G (BOPs), 4.5MB (of weights), 0.05x (of the 32-bit BOPs)"
 SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
-# of one layer: multiply-accumulates of one image, and the numbers in its weight
-LayerCost = collections.namedtuple("LayerCost", "macs numel")
+LayerCost = collections.namedtuple("LayerCost", "macs numel")  # of one image; of the weight
 
 def trace(model, example_inputs):
     """{name: LayerCost} of the Conv2d and Linear that a pass calls, in call order, over all calls."""
     args, macs = as_args(example_inputs), {}
-
     def count(layer, inputs, out):
         macs[layer] = macs.get(layer, 0) + out.numel() * layer.weight[0].numel() // len(args[0])
 
@@ -326,10 +324,10 @@ def edge_bits(names, keep):
     if not names:
         raise AsgaError("the network calls no Conv2d and no Linear: there is nothing to quantize")
     kept = {names[0]: keep, names[-1]: keep} if isinstance(keep, int) else keep or {}
-    for name in kept:
-        check_bits(kept[name], "keep: ")
-        if name not in names:
-            raise AsgaError(f"keep: the network has no layer {name!r}, but {min(names)!r} …")
+    if strange := kept.keys() - set(names):
+        raise AsgaError(f"keep: the network has no layer {min(strange)!r}")
+    for bits in kept.values():
+        check_bits(bits, "keep: ")
     return kept
 
 class Budget:
@@ -392,7 +390,6 @@ class Budget:
         """The point of the line bits − t · slope, clamped to [lo, hi], that spends 1; without a wait."""
         def at(t):
             return (bits - t * slope).clamp(self.lo, self.hi)
-
         right = torch.where(slope > 0, (self.hi.max() - self.lo.min()) / slope, 0).max()  # all are at an end
         left = -right
         share = torch.linspace(0, 1, 257, dtype=torch.float64, device=self.lo.device)
@@ -414,8 +411,7 @@ class Budget:
         return self.along(torch.full_like(self.lo, self.lo.min()), torch.ones_like(self.lo))
 
     def choose(self, penalties):
-        """{name: (w, a)}: the whole bits of least total penalty that spend 99 to 100 % of the budget, by the
-        exact knapsack. penalties: for each layer {(w, a): float} over its possible bits."""
+        """{name: (w, a)} of least penalty, by the knapsack. penalties: for each layer {(w, a): float}."""
         bounded, values, costs = (self.limits < math.inf).cpu(), [], []
         for (macs, numel), options in zip(self.sizes.t().tolist(), penalties):
             w, a = torch.tensor(list(options), dtype=torch.float64).t()
@@ -431,10 +427,6 @@ def adaptive_radius(gap, rho_min, rho_max):
     """ρ = clip(ln(1 + max(h, 0)), ρ_min, ρ_max)  (ASGA: min(ρ_max, ln(h + 1)); the floor is our choice)."""
     rho = torch.log1p(torch.as_tensor(gap).clamp(min=0))
     return rho.nan_to_num(nan=rho_min, posinf=rho_max).clamp(rho_min, rho_max)
-
-def plainly(name, piece, *arguments):
-    """Run a piece of a step. What stands in for this may record it at first, and replay it then."""
-    return piece(*arguments)
 
 class ASGA(torch.optim.Optimizer):
     """Sharpness-aware gradient aligning around a torch.optim optimizer:  min_θ L(θ) + L_p(θ − α ∇L(θ)).
@@ -469,7 +461,7 @@ class ASGA(torch.optim.Optimizer):
             self.buffers.setdefault(b.dtype, []).append(b)
         self.rho = torch.tensor(float(rho_max), device=self.param_groups[0]["params"][0].device)
 
-    def step(self, closure, play=plainly):
+    def step(self, closure, play=lambda name, piece, *given: piece(*given)):
         @torch.enable_grad()
         def gradients():
             return closure().detach()
@@ -603,8 +595,7 @@ def plan(model, example_inputs, budget, settings):
     return Budget(budget, layers, kept, settings.candidates_w, settings.candidates_a, device)
 
 class Search:
-    """A supernet on its way to a policy: step(x, y, done) for done = 0 … steps − 1, then policy().
-    model: full precision (stays as it was). budget: of plan(). batches: inputs to calibrate with."""
+    """A copy of `model` as supernet, calibrated by `batches`: step(x, y, done) for done = 0 …; policy()."""
 
     def __init__(self, model, budget, settings, batches, loss_fn=F.cross_entropy, capture=True):
         self.budget, self.settings, self.loss_fn = budget, settings, loss_fn
@@ -637,12 +628,11 @@ class Search:
 
     def step(self, x, y, done):
         """ASGA step number `done`, and the projection. Returns the log's record, its tensors unread."""
-        settings, bits = self.settings, self.budget.lo.shape
-        cosine(self.optimizer, done, settings.steps)
-        update(self.net, self.optimizer, self.guard, self.play, x, y, self.loss_fn, settings.precision)
+        cosine(self.optimizer, done, self.settings.steps)
+        update(self.net, self.optimizer, self.guard, self.play, x, y, self.loss_fn, self.settings.precision)
         row = self.play("project", self.project).clone()
         names = [*self.optimizer.last, "expected_cost"]
-        return {**dict(zip(names, row)), "bits": row[len(names):].view(bits)}
+        return {**dict(zip(names, row)), "bits": row[len(names):].view(2, -1)}
 
     def project(self):
         """Bring β back onto the budget. One row of all that the log says of a step."""
@@ -675,7 +665,6 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     example_inputs: what MACs are counted on, at the size that you deploy (default: the first image).
     on_step(step, record): called after each. settings: of SearchSettings. AsgaError before training."""
     settings, device = SearchSettings(**settings), next(model.parameters()).device
-
     def move(inputs):
         moved = tuple(t.to(device) for t in as_args(inputs))
         return moved if len(moved) > 1 else moved[0]
@@ -703,9 +692,8 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
 # Policy: whole bits for every layer, and the file that carries them
 
 def knapsack(values, costs, limits, fill=0.99):
-    """Exact multiple-choice knapsack: L ints, the choices of least Σ value within `limits` [K] that spend
-    `fill` of one of them; where none do, the dearest. values: L tensors [n_l]; costs: L of whole numbers,
-    [n_l, K]. AsgaError if none fits."""
+    """Exact multiple-choice knapsack: L ints, the choices of least Σ value [n_l] whose whole costs [n_l, K]
+    keep `limits` [K] and spend `fill` of one of them; where none do, the dearest. AsgaError if none fits."""
     costs, limits = [c.double() for c in costs], limits.double().floor()
     found = best_choice(values, costs, limits, fill) or best_choice(values, costs, limits, 0)
     if not found:
@@ -814,8 +802,7 @@ class Policy:
         return self.cost["bops"]
 
     def check(self, model, example_inputs=None):
-        """AsgaError with a layer that does not fit; the last may have other outputs, and those that
-        example_inputs do not reach no bits."""
+        """AsgaError with a layer that does not fit: of those reached, but the last one's outputs are free."""
         found, where = layers_of(model), f"policy for another network than {type(model).__name__}"
         reached = found if example_inputs is None else trace(model, example_inputs)
         if strange := self.layers.keys() ^ reached.keys():
@@ -857,10 +844,10 @@ class Policy:
 
 class Fused:
     """A formula by torch.compile, one kernel for all layers; itself where that fails or Fused.on is False."""
-    on = True
+    on, largest = True, 1
 
     def __init__(self, formula):
-        self.formula, self.compiled = formula, None
+        self.formula, self.compiled, self.seen = formula, None, set()
 
     def __call__(self, *tensors):
         if not Fused.on or torch.is_grad_enabled():
@@ -873,6 +860,9 @@ class Fused:
         try:
             self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
             with torch.autocast(x.device.type, enabled=False):
+                if (row.shape, x.dtype) not in self.seen:  # it is tuned to its first size
+                    self.seen.add((row.shape, x.dtype))
+                    self.compiled(*(t.new_zeros(Fused.largest) for t in images), bare(row, row.shape))
                 out = self.compiled(*(bare(t, [t.numel()]) for t in images), bare(row, row.shape))
         except Exception as error:
             out = self.formula(*tensors)
@@ -905,9 +895,8 @@ def prepared(model):
             q.row = None
 
 class Captured:
-    """Runs the pieces of a step: three steps plainly, as a warm-up, then as CUDA graphs, recorded once and
-    replayed, so that Python launches no kernel one by one. Plainly too on a CPU, with on=False, for a batch
-    of another size, and where a piece cannot be recorded (a line says so)."""
+    """Runs the pieces of a step: three times plainly, then as CUDA graphs, recorded once and replayed; always
+    plainly on a CPU, with on=False, for a batch of another size, where a recording fails (a line says so)."""
 
     def __init__(self, device, on=True):
         self.on, self.same, self.steps = on and device.type == "cuda", False, 0
@@ -915,7 +904,7 @@ class Captured:
         self.stream = torch.cuda.Stream(device) if self.on else None
 
     def inputs(self, *batch):
-        """Begin a step: its batch, tensors, in memory that stays."""
+        """Begin a step; the tensors of its batch in memory that stays."""
         if not self.on:
             return batch
         self.steps += 1
@@ -953,7 +942,6 @@ class Captured:
             torch.cuda.set_sync_debug_mode("default")
 
     def record(self, piece, arguments):
-        """(what replays the piece, the result in memory that stays)."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, self.pool, self.stream):
             result = piece(*arguments)
@@ -1020,8 +1008,7 @@ def build(arch, num_classes):
         spec.loader.exec_module(module)
         return getattr(module, function)(num_classes=num_classes).train()
     except Exception as error:
-        known = "use resnet20, a torchvision classifier, or file.py:function (num_classes=…)"
-        raise AsgaError(f"arch {arch!r} gives no network ({one_line(error)}): {known}") from error
+        raise AsgaError(f"arch {arch!r} gives no network for num_classes= ({one_line(error)})") from error
 
 def check_network(model, arch, num_classes, resolution, device):
     """An input [1, 3, R, R] that becomes [1, num_classes]; AsgaError where it does not."""
@@ -1045,8 +1032,7 @@ def read_checkpoint(path, arch=""):
         raise AsgaError(f"{path} holds no state_dict of plain tensors ({type(error).__name__})") from None
 
 def load_weights(model, arch, source, classes):
-    """Fill `model` from a file (a state dict or our checkpoint) or "imagenet". True where its classifier has
-    to be trained: one of another size stays as it was, or the file is of other classes."""
+    """Fill `model` from a file or "imagenet". True where its classifier, of other classes, is not trained."""
     state = read_checkpoint(source, arch)
     trained, own = state.get("classes", classes), model.state_dict()
     for key in ("state", "state_dict", "model_state_dict", "model", "net"):
@@ -1063,7 +1049,6 @@ def load_weights(model, arch, source, classes):
 # ------------------------------
 # Data: CIFAR-10, handwritten digits, or a folder of images
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pretrained networks expect
 IN_MEMORY = 4 * 2 ** 30  # bytes: a larger part of a data set is streamed
 
 def read_image(path):
@@ -1074,7 +1059,6 @@ def read_image(path):
         raise AsgaError(f"{path} is no readable image ({one_line(error)}): mend or delete it") from None
 
 def on_signals(handler, worker=None):
-    """What Ctrl-C and SIGTERM do, which reach workers too."""
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
 
@@ -1144,7 +1128,9 @@ class ImageSet:
 
 @functools.cache
 def statistics(device):
-    return torch.tensor([MEAN, STD], device=device)[..., None, None]
+    """Mean and deviation of ImageNet, which pretrained networks expect: [2, 3, 1, 1]."""
+    rows = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return torch.tensor(rows, device=device)[..., None, None]
 
 def normalize(images, resolution):
     """uint8 [B, 3, S, S] to float32 [B, 3, R, R]."""
@@ -1193,8 +1179,7 @@ def through_torchvision(name, root):
         else:
             train, val = (sets.ImageFolder(Path(name) / part, loader=read_image) for part in parts)
     except (OSError, RuntimeError) as error:
-        known = "cifar10, digits, or a folder with train/CLASS/*, val/CLASS/*"
-        raise AsgaError(f"--data {name!r}: {one_line(error)}: give {known}") from None
+        raise AsgaError(f"--data {name!r}: {one_line(error)} (train/CLASS/*, val/CLASS/*)") from None
     for odd in set(train.classes) ^ set(val.classes):
         raise AsgaError(f"--data {name}: class {odd!r} is in only one of train/ and val/")
     width, height = train[0][0].size
@@ -1295,7 +1280,6 @@ def backward(net, x, y, loss_fn, precision):
 def update(net, optimizer, guard, play, x, y, loss_fn, precision):
     """A step of an ASGA optimizer on one batch, its pieces run by `play`, quantizer steps guarded."""
     *x, y = play.inputs(*as_args(x), y)
-
     def closure():
         guard.clamp()  # the perturbation too: behind a silent layer BatchNorm makes gradients infinite
         return backward(net, x, y, loss_fn, precision)
@@ -1309,7 +1293,6 @@ def evaluate(model, part, resolution, device, batch_size=64, capture=True):
     part.load(device)
     blocks = torch.arange(len(part)).split(batch_size)
     total = torch.zeros(2, dtype=torch.float64, device=device)
-
     def count(images, y):
         logits = first_output(model(normalize(images, resolution)))
         loss = F.cross_entropy(logits, y, reduction="sum")
@@ -1372,17 +1355,15 @@ class Job:
         write_json(config, {"settings": self.settings, "versions": VERSIONS})
 
     def stream(self, start):
-        cfg, style = self.cfg, self.cfg.augment
-        if style == "auto":
-            style = "crop" if cfg.data == "digits" else "flip"
+        cfg, auto = self.cfg, "crop" if self.cfg.data == "digits" else "flip"
+        style = auto if cfg.augment == "auto" else cfg.augment
         return self.train.stream(start, cfg.batch_size, self.device, self.resolution, cfg.seed, style)
 
     def inputs(self, count):
         return (x for x, _ in itertools.islice(self.stream(0), count))
 
     def evaluate(self, net, new_statistics=False):
-        """Metrics on val; new_statistics: BatchNorm's anew, as rounding shifts them (our choice)."""
-        if new_statistics:
+        if new_statistics:  # of BatchNorm, which rounding shifts (our choice)
             torch.optim.swa_utils.update_bn(self.inputs(16), net)
         return evaluate(net, self.val, self.resolution, self.device, capture=self.cfg.capture)
 
@@ -1390,10 +1371,9 @@ class Job:
         """Train by SGD; the seconds it took."""
         total = epochs * max(1, len(self.train) // self.cfg.batch_size)
         groups = parameter_groups(model, lr, weight_decay)
-        still = dict(METHODS["joint"], momentum=0.9, nesterov=True, fused=True)
-        optimizer = ASGA(groups, torch.optim.SGD, lr=lr, **still)
+        plain = dict(METHODS["joint"], momentum=0.9, nesterov=True, fused=True)
+        optimizer = ASGA(groups, torch.optim.SGD, **plain)
         guard, play = step_guard(model), Captured(self.device, self.cfg.capture)
-
         def step(x, y, done):
             cosine(optimizer, done, total, warmup)
             update(model, optimizer, guard, play, x, y, F.cross_entropy, self.cfg.precision)
@@ -1419,8 +1399,7 @@ class Job:
         write_atomic(self.out / name, more)
 
     def loop(self, phase, total, stream, step, objects):
-        """step(x, y, done) for each batch of stream(start) until `total`; returns the seconds that it took.
-        Its records are read at checkpoints: no step waits for the device. objects: {name: has state_dict}."""
+        """step(x, y, done) for all batches; the seconds it took. Records are read at checkpoints alone."""
         checkpoint = self.out / f"{phase}.ckpt"
         log = self.out / ("weights.jsonl" if phase == "weights" else "log.jsonl")
         start, before = self.restore(checkpoint, objects)
@@ -1465,7 +1444,7 @@ class Job:
         return [json.dumps(record) + "\n" for record in records]
 
     def restore(self, checkpoint, objects):
-        """(steps done, their seconds) of a checkpoint, its states put back; (0, 0) without one."""
+        """(steps done, their seconds) of a checkpoint, put back; (0, 0) without one."""
         if not checkpoint.exists():
             return 0, 0.0
         state = read_checkpoint(checkpoint)
@@ -1522,7 +1501,6 @@ def cmd_search(cfg):
     spent = budget.spent(torch.tensor(list(policy.layers.values())).t().to(budget.lo))
     print(f"cost      {human(policy.bops)} BOPs, {human(policy.cost['weight_bits'] / 8)}B of weights")
     print(f"budget    {cfg.budget}, {100 * spent:.2f} % spent")
-    print("mean      w {mean_w:.2f}, a {mean_a:.2f}".format(**policy.cost))
 
 def cmd_transfer(cfg):
     """tune a network with a policy's bits on the target set"""
@@ -1583,7 +1561,6 @@ def parse(argv):
         sub.set_defaults(function=function)
     commands.choices["transfer"].add_argument("policy", help="policy.json of a search")
     commands.choices["eval"].add_argument("model", help="model.pt of train or transfer")
-
     def bitwidths(text):
         return tuple(int(part) for part in text.split(","))
 

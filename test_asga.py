@@ -872,22 +872,22 @@ class Played(asga.Captured):
             result = piece(*arguments)
         return tape.replay, result
 
-@pytest.mark.parametrize("method", ["asga", "joint"])
-@pytest.mark.parametrize("name", ["handmade", pytest.param("resnet18", marks=needs_torchvision),
-                                  pytest.param("mobilenet_v2", marks=needs_torchvision)])
+@pytest.mark.parametrize("name,method", [
+    ("handmade", "asga"), ("handmade", "joint"), pytest.param("resnet18", "asga", marks=needs_torchvision),
+    pytest.param("mobilenet_v2", "asga", marks=needs_torchvision)])
 def test_steps_that_are_replayed_equal_plain_ones_bit_for_bit(name, method, monkeypatch):
     """What a piece keeps as a Python number or in new memory would show; so would a wait for the device."""
     model = Handmade() if name == "handmade" else torchvision.models.get_model(name, num_classes=7)
-    batches, found = [(x[:6], y[:6]) for x, y in toy_batches(7)], []
-    batches.insert(5, (batches[5][0][:4], batches[5][1][:4]))  # another size: a plain step
+    batches, found = [(x[:6], y[:6]) for x, y in toy_batches(6)], []
+    batches[4] = [t[:4] for t in batches[4]]  # another size: a plain step
     for play in (asga.Captured, Played):
         monkeypatch.setattr(asga, "Captured", play)
-        run = started(model, method=method, steps=8, lr=0.1, lr_beta=8.0, rho_max=0.5)
+        run = started(model, method=method, steps=6, lr=0.1, lr_beta=8.0, rho_max=0.5)
         torch.manual_seed(1)
         records = [run.step(x, y, done) for done, (x, y) in enumerate(batches)]
         found.append((records, run.net.state_dict(), torch.rand(1)))
     assert len(run.play.recorded) == (5 if method == "asga" else 3)
-    assert len({record["loss"].item() for record in records}) == 8
+    assert len({record["loss"].item() for record in records}) == 6
     for plain, replayed in zip(*[rows for rows, _, _ in found]):
         assert same(plain, replayed)
     assert same(found[0][1], found[1][1]) and found[0][2] == found[1][2]

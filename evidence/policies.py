@@ -155,13 +155,13 @@ def main(argv=None):
     seconds = time.monotonic() - began
     if kind:
         objects = {"net": run.net, "optimizer": run.optimizer}
-        seconds += job.run.loop("search", cfg.steps, job.stream, run.step, objects)
+        seconds += job.loop("search", cfg.steps, job.stream, run.step, objects)
         penalties = run.penalties()
     policy = run.policy(arch=cfg.arch, proxy={"data": cfg.data, "images": len(job.train)}, search={
-        "method": args.method, "seed": cfg.seed, "seconds": round(seconds, 3), "settings": job.run.settings,
+        "method": args.method, "seed": cfg.seed, "seconds": round(seconds, 3), "settings": job.settings,
         "device": asga.describe(job.device), "spent": budget.spent(run.bits()).item()})
     policy.layers = choose(run, penalties)
-    policy.save(job.run.out / "policy.json")
+    policy.save(job.out / "policy.json")
     print(f"{args.method}: {asga.human(policy.bops)} BOPs, at most {cfg.budget}")
 
 if __name__ == "__main__":

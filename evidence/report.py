@@ -42,13 +42,16 @@ def collect(plan, work):
             record |= {key: policy[key] for key in ("cost", "budget", "versions")}
             record |= {key: policy["search"].get(key) for key in ("seconds", "spent", "device")}
             if rows := read(folder / "log.jsonl"):
-                record |= thinned(rows)
+                record |= thinned(rows, policy["candidates"]["w"])
         records[name] = record
     return records
 
-def thinned(rows, every=10):
+def thinned(rows, candidates, every=10):
     """What is kept of a search's log: means of ten steps, and how often the radius was at its ends."""
     log = []
+    for row in rows:
+        inner = np.array(row["bits"])[:, 1:-1]
+        row["beta_distance"] = np.abs(inner[..., None] - candidates).min(-1).mean()
     for start in range(0, len(rows), every):
         block = rows[start:start + every]
         means = {key: round(mean(float(row[key]) for row in block), 5) for key in LOGGED}

@@ -84,8 +84,10 @@ def test_new_runs_replace_recorded_ones_and_what_came_of_them(tmp_path):
     with pytest.raises(asga.AsgaError, match="no finished transfer"):
         report.write(reproduce.Plan("small", out), {"work": work, "out": out})
     old = [run for run in RUNS.values() if "resnet20-proxy-2.4bit-asga-" in run["name"]]
-    policy = {"layers": {"fc": {"w": 8, "a": 4}}, "cost": {}, "budget": {}, "versions": {}, "search": {}}
+    policy = {"layers": {"fc": {"w": 8, "a": 4}}, "candidates": {"w": [2, 4, 8]}, "search": {}}
+    policy |= dict.fromkeys(("cost", "budget", "versions"), {})
     rows = [dict.fromkeys(report.LOGGED, s) | {"step": s, "time": 2 * s, "rho": min(s, 9)} for s in range(20)]
+    rows = [row | {"bits": [[8, 2.4, 8], [8, 7.4, 8]]} for row in rows]
     for folder in (out / "reproduce", work / name):
         folder.mkdir(parents=True)
     (out / "reproduce/runs.jsonl").write_text("\n".join(map(json.dumps, old)))
@@ -97,6 +99,7 @@ def test_new_runs_replace_recorded_ones_and_what_came_of_them(tmp_path):
     made, outdated = new[name], [run["name"] for run in old if name in run["needs"]]
     assert len(outdated) == 2 and sorted([*new, *outdated]) == sorted(run["name"] for run in old)
     assert made["policy"] == {"fc": [8, 4]} and [row["loss"] for row in made["log"]] == [4.5, 14.5]
+    assert [row["beta_distance"] for row in made["log"]] == [0.5, 0.5]
     assert [made[key] for key in ("asga.py", "step_seconds", "at_most", "at_least")] == ["abc", 2, 0.55, 0.05]
 
 def test_softmax_mixture_and_the_gradient_of_its_logits():
