@@ -860,7 +860,7 @@ class Fused:
         try:
             self.compiled = self.compiled or torch.compile(self.formula, dynamic=True)
             with torch.autocast(x.device.type, enabled=False):
-                if (row.shape, x.dtype) not in self.seen:  # it is tuned to its first size
+                if x.is_cuda and (row.shape, x.dtype) not in self.seen:  # it is tuned to its first size
                     self.seen.add((row.shape, x.dtype))
                     self.compiled(*(t.new_zeros(Fused.largest) for t in images), bare(row, row.shape))
                 out = self.compiled(*(bare(t, [t.numel()]) for t in images), bare(row, row.shape))
@@ -1302,8 +1302,8 @@ def evaluate(model, part, resolution, device, batch_size=64, capture=True):
         play = Captured(device, capture)
         for batch in progress(part.batches(blocks, device), "evaluating, batch", len(blocks)):
             play("batch", count, *play.inputs(*batch))
-    right, loss = (total / len(part)).tolist()
-    return {"accuracy": 100 * right, "loss": loss}
+    right, loss = total.tolist()
+    return {"accuracy": 100 * right / len(part), "loss": loss / len(part)}
 
 # ------------------------------
 # Commands: a folder each with log and checkpoints; stopped at any step and continued

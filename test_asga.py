@@ -705,11 +705,11 @@ def toy_batches(n=6, device="cpu"):
     images = 4 * torch.randn(7, 3, 1, 1, generator=g)[classes] + torch.randn(n, 16, 3, 24, 24, generator=g)
     return list(zip(images.to(device), classes.to(device)))
 
-def started(model=None, spec="3bit", x=None, **chosen):
+def started(model=None, spec="3bit", x=None, capture=True, **chosen):
     """A Search that is ready for its first step."""
     model, chosen = model or Handmade(), asga.SearchSettings(**chosen)
     x = toy_batches(device=next(model.parameters()).device)[0][0] if x is None else x
-    return asga.Search(model, asga.plan(model, x[:1], spec, chosen), chosen, [x])
+    return asga.Search(model, asga.plan(model, x[:1], spec, chosen), chosen, [x], capture=capture)
 
 @on_devices
 @pytest.mark.parametrize("more", [{"method": method} for method in asga.METHODS] + [
@@ -872,25 +872,50 @@ class Played(asga.Captured):
             result = piece(*arguments)
         return tape.replay, result
 
-@pytest.mark.parametrize("name,method", [
-    ("handmade", "asga"), ("handmade", "joint"), pytest.param("resnet18", "asga", marks=needs_torchvision),
-    pytest.param("mobilenet_v2", "asga", marks=needs_torchvision)])
-def test_steps_that_are_replayed_equal_plain_ones_bit_for_bit(name, method, monkeypatch):
-    """What a piece keeps as a Python number or in new memory would show; so would a wait for the device."""
+@on_devices
+@pytest.mark.parametrize("name,more", [
+    ("handmade", {}), ("handmade", {"method": "joint"}), ("handmade", {"precision": "bf16"}),
+    pytest.param("resnet18", {}, marks=needs_torchvision),
+    pytest.param("mobilenet_v2", {}, marks=needs_torchvision)])
+def test_steps_that_are_replayed_equal_plain_ones(name, more, device, monkeypatch):
+    """What a piece keeps as a Python number or in new memory would show; so would a wait for the device.
+    On the CPU bit for bit."""
+    steps = 6 if device == "cpu" else 20
+    if device == "cpu":
+        monkeypatch.setattr(asga, "Captured", Played)
     model = Handmade() if name == "handmade" else torchvision.models.get_model(name, num_classes=7)
-    batches, found = [(x[:6], y[:6]) for x, y in toy_batches(6)], []
+    batches, found = [[t[:6] for t in batch] for batch in toy_batches(steps, device)], []
     batches[4] = [t[:4] for t in batches[4]]  # another size: a plain step
-    for play in (asga.Captured, Played):
-        monkeypatch.setattr(asga, "Captured", play)
-        run = started(model, method=method, steps=6, lr=0.1, lr_beta=8.0, rho_max=0.5)
+    for capture in (False, True):
+        chosen = dict(steps=steps, lr=0.1, lr_beta=8.0, rho_max=0.5, **more)
+        run = started(model.to(device), capture=capture, **chosen)
         torch.manual_seed(1)
         records = [run.step(x, y, done) for done, (x, y) in enumerate(batches)]
-        found.append((records, run.net.state_dict(), torch.rand(1)))
-    assert len(run.play.recorded) == (5 if method == "asga" else 3)
-    assert len({record["loss"].item() for record in records}) == 6
-    for plain, replayed in zip(*[rows for rows, _, _ in found]):
-        assert same(plain, replayed)
-    assert same(found[0][1], found[1][1]) and found[0][2] == found[1][2]
+        found.append((torch.stack([record["loss"] for record in records]), run.net.state_dict(), records[-1]))
+    assert len(run.play.recorded) == (3 if "method" in more else 5)
+    assert len(set(found[0][0].tolist())) == steps
+    if device == "cpu":
+        assert same(found[0][1], found[1][1]) and same(found[0][2], found[1][2])
+    limit = 1e-4 if "precision" not in more else 0.05
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=limit, atol=limit)
+
+@pytest.mark.parametrize("parts", [(Played, asga.Captured), (asga.Captured, Played)])
+def test_a_recorded_run_goes_on_plainly_and_the_other_way_round(parts, monkeypatch):
+    def run(play, steps, state=None):
+        monkeypatch.setattr(asga, "Captured", play)
+        torch.manual_seed(0)
+        one = started(steps=10, rho_max=0.5)
+        if state:
+            one.net.load_state_dict(state[0])
+            one.optimizer.load_state_dict(state[1])
+        for done in steps:
+            torch.manual_seed(done)
+            one.step(*toy_batches(10)[done], done)
+        return copy.deepcopy((one.net.state_dict(), one.optimizer.state_dict()))
+
+    first, second = parts
+    whole = run(asga.Captured, range(10))
+    assert same(whole[0], run(second, range(5, 10), run(first, range(5)))[0])
 
 def test_a_loss_that_waits_for_the_device_is_not_recorded(monkeypatch, capsys):
     def waiting(logits, y):
@@ -1586,8 +1611,7 @@ def test_search_transfer_and_eval_on_digits(tmp_path):
     cli("transfer a/policy.json --classes 5-9 --fp-epochs 5 --epochs 2 --out b" + flags, tmp_path)
     metrics = load_json(tmp_path / "b/metrics.json")
     assert metrics["policy_bops"] == policy["cost"]["bops"]
-    assert metrics["full_precision"]["accuracy"] > 80 and metrics["tuned"]["accuracy"] > 60
-    assert metrics["tuned"]["loss"] < metrics["quantized"]["loss"]
+    assert metrics["full_precision"]["accuracy"] > 80 and metrics["tuned"]["accuracy"] > 80
     state = torch.load(tmp_path / "b/model.pt", weights_only=True)["state"]
     for name, entry in layers.items():                                             # the bits were not changed
         assert state[f"{name}.weight_quantizer.grid"][0].tolist() == [entry["w"]]

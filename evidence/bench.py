@@ -1,11 +1,12 @@
 """What a step of asga.py costs, beside full precision.
 
-    python evidence/bench.py --out results/bench/resnet18.json          times, memory, compilation; 3 minutes
+    python evidence/bench.py --compilation --out results/bench/resnet18.json    times and memory; 3 minutes
     python evidence/bench.py --knapsack                                 time of the exact knapsack
     python evidence/bench.py --table results/bench/*.json               all of it as Markdown
 
 Each round runs each variant once, on one random batch; a ratio is the median over rounds of the ratio in one.
-two_pass is SAM in full precision, written here. It takes the first CUDA device, or the CPU.
+two_pass is SAM in full precision, written here. It takes the first CUDA device, or the CPU. On CUDA variants
+come one after another, with what a step launches, and how long kernels and Python take.
 """
 import argparse
 import copy
@@ -27,17 +28,25 @@ from torch.profiler import ProfilerActivity, profile
 VARIANTS = {  # name: method of Bench, arguments, compared with
     "full_precision": ("tuning", {}, ""),
     "two_pass": ("tuning", {"passes": 2}, "full_precision"),
+    "transfer": ("updates", {"bits": 4}, "full_precision"),
     "joint": ("search", {"method": "joint"}, "full_precision"),
     "asga": ("search", {}, "two_pass"),
+}
+ON_A_CPU = VARIANTS | {
     "asga_3_candidates": ("search", {"bits": (2, 4, 8)}, ""),
     "asga_12_candidates": ("search", {"bits": tuple(range(2, 14))}, "asga_3_candidates"),
 }
+ON_CUDA = VARIANTS | {
+    "two_pass_recorded": ("updates", {"rho": 0.05}, "two_pass"),
+    "asga_plain": ("search", {"capture": False}, "two_pass"),
+}
 
 class Bench:
-    """One network and batch; tuning and search make variants: functions without arguments."""
+    """One network and batch; tuning, updates and search make variants: functions without arguments."""
 
     def __init__(self, arch, resolution, batch_size, precision, device):
         self.precision, self.device = precision, device
+        self.variants = ON_CUDA if device.type == "cuda" else ON_A_CPU
         torch.manual_seed(0)
         self.model = asga.build(arch, 10).to(device, memory_format=torch.channels_last)
         x = torch.randn(batch_size, 3, resolution, resolution, device=device)
@@ -45,7 +54,7 @@ class Bench:
         self.y = torch.randint(10, (batch_size,), device=device)
 
     def make(self, name):
-        method, arguments, _ = VARIANTS[name]
+        method, arguments, _ = self.variants[name]
         return getattr(self, method)(**arguments)
 
     def tuning(self, passes=1, rho=0.05):
@@ -63,12 +72,27 @@ class Bench:
             optimizer.step()
         return step
 
-    def supernet(self, bits=asga.CANDIDATES, **settings):
+    def updates(self, bits=None, rho=0.0):
+        """A step through asga.update: of SAM, or with bits of `asga.py transfer`; recorded on CUDA."""
+        net = asga.quantize(self.model, bits, self.x) if bits else copy.deepcopy(self.model)
+        for q in asga.quantizers_of(net)[1:2]:  # the first layer's input
+            q.steps.requires_grad_(False)
+        how = dict(rho_min=rho, rho_max=rho, alpha=0.0, adaptive=False, project=False, direction="perturbed")
+        groups, more = asga.parameter_groups(net, 0.01, 1e-4), dict(momentum=0.9, fused=True)
+        optimizer = asga.ASGA(groups, torch.optim.SGD, buffers=net.buffers(), **how, **more)
+        guard, play = asga.step_guard(net), asga.Captured(self.device)
+
+        def step():
+            asga.cosine(optimizer, 0, 1)
+            asga.update(net, optimizer, guard, play, self.x, self.y, F.cross_entropy, self.precision)
+        return step
+
+    def supernet(self, bits=asga.CANDIDATES, capture=True, **settings):
         """An asga.Search that never ends."""
         settings |= {"candidates_w": bits, "candidates_a": bits, "precision": self.precision}
         settings = asga.SearchSettings(steps=10 ** 6, **settings)
         plan = asga.plan(self.model, self.x[:1], "3bit", settings)
-        return asga.Search(self.model, plan, settings, [self.x])
+        return asga.Search(self.model, plan, settings, [self.x], capture=capture)
 
     def search(self, **settings):
         run = self.supernet(**settings)
@@ -101,20 +125,42 @@ def peak_bytes(bench, name):
     events.sort(key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events))
 
+def on_the_device(step):
+    """{"launches", "kernels_ms", "python_ms"} of a step on CUDA."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    python = time.perf_counter() - start
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        timed(step)
+    found = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event.time_range.elapsed_us() for event in found]
+    return {"launches": len(kernels), "kernels_ms": sum(kernels) / 1e3, "python_ms": 1e3 * python}
+
 def measure(bench, rounds):
-    """{"samples", "peak_bytes", "ratios"} of all variants, after three rounds that do not count."""
-    variants, samples, ratios = {name: bench.make(name) for name in VARIANTS}, {}, {}
-    for _ in asga.progress(range(rounds + 3), "rounds", rounds + 3):
-        for name, step in variants.items():
-            samples.setdefault(name, []).append(timed(step))
-    samples = {name: times[3:] for name, times in samples.items()}
+    """{"samples", "peak_bytes", "ratios"} of all variants, after some rounds that do not count."""
+    samples, ratios, device = {name: [] for name in bench.variants}, {}, {}
+    if bench.device.type == "cuda":
+        for name in asga.progress(bench.variants, "variants", len(bench.variants)):
+            step = bench.make(name)
+            samples[name] = [timed(step) for _ in range(rounds + 6)]
+            device[name] = on_the_device(step)
+            del step  # a recorded one holds all its memory
+            gc.collect()
+            torch.cuda.empty_cache()
+    else:
+        variants = {name: bench.make(name) for name in bench.variants}
+        for _ in asga.progress(range(rounds + 6), "rounds", rounds + 6):
+            for name, step in variants.items():
+                samples[name].append(timed(step))
+    samples = {name: times[6:] for name, times in samples.items()}
     memory = {name: peak_bytes(bench, name) for name in ("full_precision", "two_pass", "asga")}
-    for name, (_, _, to) in VARIANTS.items():
+    for name, (_, _, to) in bench.variants.items():
         if to:
             ratios[f"{name}_over_{to}"] = statistics.median(a / b for a, b in zip(samples[name], samples[to]))
         if name in memory:
             ratios[f"memory_{name}_over_full_precision"] = memory[name] / memory["full_precision"]
-    return {"samples": samples, "peak_bytes": memory, "ratios": ratios}
+    return {"samples": samples, "peak_bytes": memory, "ratios": ratios, "on_cuda": device}
 
 def compile_times(argv):
     """Seconds that compilation adds to a process's first step: without a cache, and with the first's."""
@@ -134,11 +180,15 @@ def knapsack_times(arch):
 def show(results):
     """Markdown: a column for each network, then the knapsack."""
     def milliseconds(times):
-        return f"{1e3 * statistics.median(times):.0f} ({1e3 * min(times):.0f}-{1e3 * max(times):.0f})"
+        return f"{1e3 * statistics.median(times):.1f} ({1e3 * min(times):.1f}-{1e3 * max(times):.1f})"
 
     steps, rows = [result for result in results if "ratios" in result], []
-    for name in ("full_precision", "two_pass", "joint", "asga"):
-        rows.append([f"{name}, ms (range)", *[milliseconds(r["samples"][name]) for r in steps]])
+    for name in (*VARIANTS, "two_pass_recorded", "asga_plain"):
+        times = [r["samples"].get(name, [math.nan]) for r in steps]
+        rows.append([f"{name}, ms (range)", *map(milliseconds, times)])
+    for name in dict.fromkeys(itertools.chain(*[r.get("on_cuda", {}) for r in steps])):
+        for key in ("launches", "kernels_ms", "python_ms"):
+            rows.append([f"{name}, {key}", *[f"{r['on_cuda'][name][key]:.1f}" for r in steps]])
     for kind in ("ratios", "compile"):
         for name in dict.fromkeys(itertools.chain(*[r[kind] for r in steps])):
             rows.append([name, *[f"{r[kind].get(name, math.nan):.2f}" for r in steps]])
@@ -157,6 +207,7 @@ def main(argv=None):
     parser.add_argument("--out", help="JSON with every sample")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="show what --out wrote")
     parser.add_argument("--knapsack", action="store_true")
+    parser.add_argument("--compilation", action="store_true", help="what it adds to the first step")
     parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.table:
@@ -172,7 +223,9 @@ def main(argv=None):
             first, _, *later = [timed(step) for _ in range(4)]
             print(first - min(later))
             return
-        result.update(measure(bench, args.rounds), compile=compile_times(argv or sys.argv[1:]))
+        result.update(measure(bench, args.rounds), compile={})
+        if args.compilation:
+            result["compile"] = compile_times(argv or sys.argv[1:])
     print(f"{result['device']}, torch {result['torch']}")
     show([result])
     if args.out:

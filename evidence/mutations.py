@@ -63,7 +63,7 @@ MUTATIONS = {
         "search: starts elsewhere than on the budget": ("self.write(budget.uniform())", "pass"),
         "search: no projection": ("self.write(self.budget.project(self.bits()))", "pass"),
         "search: statistics move in both passes": ("buffers=buffers, fused", "fused"),
-        "search: the perturbation unguarded": ("guard.clamp()  # the perturbation", "pass  # the perturbation"),
+        "search: the perturbation unguarded": ("guard.clamp()  # the", "pass  # the"),
         "search: the images' step is learned": ("images.steps.requires_grad_(len(images.bits) > 1)", "pass"),
         "policy: w and a exchanged": ("(i - w) ** 2 + (j - a) ** 2", "(i - a) ** 2 + (j - w) ** 2"),
     },
@@ -77,6 +77,14 @@ MUTATIONS = {
         "knapsack: of equal costs any": ("for key in (low, *cost.unbind(1))", "for key in cost.unbind(1)"),
         "knapsack: bound with all of the limit": ("torch.where(trial < 0, fill, 1.0)", "1.0"),
         "knapsack: a narrow sweep is a proof": ("[:width]], False", "[:width]], True"),
+    },
+    "replayed_equal and handmade": {
+        "recorded: rates are numbers": ('group["lr"].fill_(group["base_lr"] * share)',
+                                        'group["lr"] = group["base_lr"] * share'),
+        "recorded: steps before, in new memory": ("torch._foreach_copy_(self.before, self.steps)",
+                                                  "self.before = [s.clone() for s in self.steps]"),
+        "recorded: always the first batch": ("torch._foreach_copy_(self.fixed, list(batch))", "pass"),
+        "recorded: the row of the last step too": ("self.project).clone()", "self.project)"),
     },
     "step_sees or crops or killed_search or stopped_command": {
         "stream: each epoch in the same order": ("manual_seed(seed + epoch)", "manual_seed(seed)"),

@@ -51,6 +51,7 @@ class SoftmaxSearch(asga.Search):
             q.logits = nn.Parameter(torch.zeros_like(q.steps))
             q.__class__ = SoftmaxQuantizer
         self.logits = [q.logits for q in self.quantizers]
+        self.candidates = nn.utils.rnn.pad_sequence([q.grid[0] for q in self.quantizers], True)  # [2L, K]
         self.optimizer.param_groups[-1]["params"] = self.logits
         self.tilt(torch.ones_like(self.budget.lo))
 
