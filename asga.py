@@ -932,14 +932,15 @@ class Captured:
 
     def warm(self, piece, arguments):
         """On a side stream, as CUDA wants it. The last time, to wait for the device is an error."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
         torch.cuda.set_sync_debug_mode("error" if self.steps == 3 else "default")
-        self.stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self.stream):
                 return piece(*arguments)
         finally:
-            torch.cuda.current_stream().wait_stream(self.stream)
             torch.cuda.set_sync_debug_mode("default")
+            current.wait_stream(self.stream)
 
     def record(self, piece, arguments):
         graph = torch.cuda.CUDAGraph()
@@ -1128,8 +1129,7 @@ class ImageSet:
 
 @functools.cache
 def statistics(device):
-    """Mean and deviation of ImageNet, which pretrained networks expect: [2, 3, 1, 1]."""
-    rows = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    rows = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pretrained networks expect
     return torch.tensor(rows, device=device)[..., None, None]
 
 def normalize(images, resolution):

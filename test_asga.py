@@ -66,7 +66,6 @@ def same(one, other):
     """Whether two dicts of tensors are equal, bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
-
 # ------------------------------------------------------------------------------------------------ Quantizer
 
 def levels(bits, signed):
@@ -184,7 +183,6 @@ def test_calibration_finds_sign_and_mse_optimal_step_of_all_that_it_was_shown(na
     assert errors[0] <= 1.05 * errors[1:].min() + 1e-6
     q.calibrate(torch.zeros(10))  # nothing to fit: 1 is the largest level
     assert q.steps.item() == pytest.approx(1 / (2 ** bits - 1))
-
 
 # ------------------------------------------------------------------------------------------------- Supernet
 
@@ -335,7 +333,6 @@ def test_quantize_refuses_what_does_not_fit_in_one_line(make, bits, more, words)
         quantize(make(), bits, torch.randn(2, 3, 24, 24), **more)
     assert "\n" not in str(refusal.value)
 
-
 # ------------------------------------------------------------------------------------------ Cost and budget
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -479,7 +476,6 @@ def test_knapsack_whose_fill_few_of_two_million_choices_meet_or_that_dislikes_wh
     picks = asga.knapsack(values, costs, limits, fill)
     expected = best_of_all(values, costs, limits, fill)
     assert sum(float(v[i]) for v, i in zip(values, picks)) == pytest.approx(expected, abs=1e-9)
-
 
 # ------------------------------------------------------------------------------------------- ASGA optimizer
 
@@ -659,7 +655,6 @@ print(round(w.item(), 6))
     out = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, capture_output=True, text=True)
     assert out.stdout.strip() == str(round(2 - 0.5 * (4 + 4.2) / 2, 6)), out.stderr
 
-
 # ------------------------------------------------------------------------------------- Alignment and radius
 
 @given(st.integers(0, 10 ** 6), st.floats(0.5, 50))
@@ -694,7 +689,6 @@ def test_radius_stays_within_its_bounds_for_every_float_and_is_monotone(gap, oth
     else:
         exact = math.log1p(max(gap, 0)) if gap < math.inf else math.inf
         assert rho == pytest.approx(min(max(exact, lo), hi), rel=1e-12, abs=1e-300)
-
 
 # ----------------------------------------------------------------------------------------- Search (library)
 
