@@ -591,8 +591,48 @@ class SearchSettings:
 def plan(model, example_inputs, budget, settings):
     """The Budget of a search; AsgaError if it cannot be met. example_inputs: at the size to deploy."""
     layers, device = trace(model, example_inputs), next(model.parameters()).device
-    kept = edge_bits(list(layers), settings.keep)
-    return Budget(budget, layers, kept, settings.candidates_w, settings.candidates_a, device)
+    kept, w, a = edge_bits(list(layers), settings.keep), settings.candidates_w, settings.candidates_a
+    return Budget(budget, layers, kept, w, a, device)
+
+def parameter_groups(model, lr, weight_decay, apart=()):
+    """SGD groups: weights with decay; biases, normalization, steps without. `apart` is left out."""
+    groups, apart = {weight_decay: [], 0.0: []}, set(apart)
+    for p in model.parameters():
+        if p.requires_grad and p not in apart:
+            groups[weight_decay if p.dim() > 1 else 0.0].append(p)
+    return [{"params": group, "base_lr": lr, "weight_decay": decay} for decay, group in groups.items()]
+
+def cosine(optimizer, done, total, warmup=0.0):
+    """Learning rates of step `done`: cosine from base_lr to zero, after a linear warm-up."""
+    share = 0.5 * (1 + math.cos(math.pi * done / total)) * min(1, (done + 1) / (warmup * total + 1))
+    for group in optimizer.param_groups:
+        group["lr"] = torch.as_tensor(group["lr"]).to(optimizer.rho)  # where a recorded step reads it
+        group["lr"].fill_(group["base_lr"] * share)
+
+def first_output(out):
+    """The logits of networks that return more (auxiliary heads, named tuples, dicts)."""
+    return as_args(tuple(out.values()) if isinstance(out, dict) else out)[0]
+
+def backward(net, x, y, loss_fn, precision):
+    """Forward and backward pass; returns the loss. bf16: the network alone under autocast."""
+    net.zero_grad()
+    with prepared(net):
+        with torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = first_output(net(*as_args(x)))
+        loss = loss_fn(logits.float() if precision == "bf16" else logits, y)
+        loss.backward()
+    return loss
+
+def update(net, optimizer, guard, play, x, y, loss_fn, precision):
+    """A step of an ASGA optimizer on one batch, its pieces run by `play`, quantizer steps guarded."""
+    *x, y = play.inputs(*as_args(x), y)
+    def closure():
+        guard.clamp()  # the perturbation too: behind a silent layer BatchNorm makes gradients infinite
+        return backward(net, x, y, loss_fn, precision)
+
+    net.train()
+    with guard:
+        optimizer.step(closure, play)
 
 class Search:
     """A copy of `model` as supernet, calibrated by `batches`: step(x, y, done) for done = 0 …; policy()."""
@@ -1204,7 +1244,7 @@ def load_data(name, root, spec=""):
     return [classes[c] for c in chosen], train.subset(train.labels >= 0), val.subset(val.labels >= 0)
 
 # ------------------------------
-# Runs: messages, progress, one update, evaluation
+# Runs: messages, progress, evaluation
 
 def say(line):
     """A line to the person at the terminal: stdout is for results."""
@@ -1247,46 +1287,6 @@ def evaluating(model):
 def as_args(inputs):
     """A model's inputs, a tensor or several, as a tuple of arguments."""
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-
-def parameter_groups(model, lr, weight_decay, apart=()):
-    """SGD groups: weights with decay; biases, normalization, steps without. `apart` is left out."""
-    groups, apart = {weight_decay: [], 0.0: []}, set(apart)
-    for p in model.parameters():
-        if p.requires_grad and p not in apart:
-            groups[weight_decay if p.dim() > 1 else 0.0].append(p)
-    return [{"params": group, "base_lr": lr, "weight_decay": decay} for decay, group in groups.items()]
-
-def cosine(optimizer, done, total, warmup=0.0):
-    """Learning rates of step `done`: cosine from base_lr to zero, after a linear warm-up."""
-    share = 0.5 * (1 + math.cos(math.pi * done / total)) * min(1, (done + 1) / (warmup * total + 1))
-    for group in optimizer.param_groups:
-        group["lr"] = torch.as_tensor(group["lr"]).to(optimizer.rho)  # where a recorded step reads it
-        group["lr"].fill_(group["base_lr"] * share)
-
-def first_output(out):
-    """The logits of networks that return more (auxiliary heads, named tuples, dicts)."""
-    return as_args(tuple(out.values()) if isinstance(out, dict) else out)[0]
-
-def backward(net, x, y, loss_fn, precision):
-    """Forward and backward pass; returns the loss. bf16: the network alone under autocast."""
-    net.zero_grad()
-    with prepared(net):
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = first_output(net(*as_args(x)))
-        loss = loss_fn(logits.float() if precision == "bf16" else logits, y)
-        loss.backward()
-    return loss
-
-def update(net, optimizer, guard, play, x, y, loss_fn, precision):
-    """A step of an ASGA optimizer on one batch, its pieces run by `play`, quantizer steps guarded."""
-    *x, y = play.inputs(*as_args(x), y)
-    def closure():
-        guard.clamp()  # the perturbation too: behind a silent layer BatchNorm makes gradients infinite
-        return backward(net, x, y, loss_fn, precision)
-
-    net.train()
-    with guard:
-        optimizer.step(closure, play)
 
 def evaluate(model, part, resolution, device, batch_size=64, capture=True):
     """{"accuracy": percent, "loss": cross-entropy} over an ImageSet."""
