@@ -183,7 +183,8 @@ def show(results):
         return f"{1e3 * statistics.median(times):.1f} ({1e3 * min(times):.1f}-{1e3 * max(times):.1f})"
 
     steps, rows = [result for result in results if "ratios" in result], []
-    for name in (*VARIANTS, "two_pass_recorded", "asga_plain"):
+    made = set().union(*[r["samples"] for r in steps])
+    for name in [name for name in (*VARIANTS, "two_pass_recorded", "asga_plain") if name in made]:
         times = [r["samples"].get(name, [math.nan]) for r in steps]
         rows.append([f"{name}, ms (range)", *map(milliseconds, times)])
     for name in dict.fromkeys(itertools.chain(*[r.get("on_cuda", {}) for r in steps])):
