@@ -703,7 +703,7 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     batches: (inputs, targets) pairs, again and again (a list, a DataLoader); inputs: a tensor or a tuple of
     arguments. loss_fn(outputs, targets) → scalar; of several outputs it gets the first. budget: BUDGET_HELP.
     example_inputs: what MACs are counted on, at the size that you deploy (default: the first image).
-    on_step(step, record): called after each. settings: of SearchSettings. AsgaError before training."""
+    on_step(step, record): called after each. capture: record steps on CUDA. settings: of SearchSettings."""
     settings, device = SearchSettings(**settings), next(model.parameters()).device
     def move(inputs):
         moved = tuple(t.to(device) for t in as_args(inputs))
@@ -1049,7 +1049,8 @@ def build(arch, num_classes):
         spec.loader.exec_module(module)
         return getattr(module, function)(num_classes=num_classes).train()
     except Exception as error:
-        raise AsgaError(f"arch {arch!r} gives no network for num_classes= ({one_line(error)})") from error
+        known = "resnet20, a torchvision classifier or file.py:function (num_classes=…)"
+        raise AsgaError(f"--arch {arch!r}: {one_line(error)}; give {known}") from error
 
 def check_network(model, arch, num_classes, resolution, device):
     """An input [1, 3, R, R] that becomes [1, num_classes]; AsgaError where it does not."""
@@ -1219,7 +1220,7 @@ def through_torchvision(name, root):
         else:
             train, val = (sets.ImageFolder(Path(name) / part, loader=read_image) for part in parts)
     except (OSError, RuntimeError) as error:
-        raise AsgaError(f"--data {name!r}: {one_line(error)} (train/CLASS/*, val/CLASS/*)") from None
+        raise AsgaError(f"--data {name!r}: {one_line(error)}; give cifar10, digits or a folder") from None
     for odd in set(train.classes) ^ set(val.classes):
         raise AsgaError(f"--data {name}: class {odd!r} is in only one of train/ and val/")
     width, height = train[0][0].size
@@ -1444,7 +1445,6 @@ class Job:
         return [json.dumps(record) + "\n" for record in records]
 
     def restore(self, checkpoint, objects):
-        """(steps done, their seconds) of a checkpoint, put back; (0, 0) without one."""
         if not checkpoint.exists():
             return 0, 0.0
         state = read_checkpoint(checkpoint)
