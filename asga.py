@@ -55,7 +55,7 @@ def mix_forward(x, row):
     mixed = 0
     for k in range(len(s)):
         mixed = mixed + pi[k] * s[k] * (wide / s[k]).clamp(n[k], p[k]).round()
-    return mixed.to(x.dtype)
+    return mixed if mixed.dtype == x.dtype else mixed.to(x.dtype)  # torch 2.11 compiles no idle .to
 
 def mix_backward(grad, x, row):
     """The declared straight-through gradients of mix_forward: (∂x, ∂row [4, K]). Rounding's own is zero.
