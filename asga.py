@@ -590,7 +590,7 @@ class SearchSettings:
 
 def plan(model, example_inputs, budget, settings):
     """The Budget of a search; AsgaError if it cannot be met. example_inputs: at the size to deploy."""
-    layers, device = trace(model, example_inputs), next(model.parameters()).device
+    layers, device = trace(model, example_inputs), next(model.parameters(), torch.empty(0)).device
     kept, w, a = edge_bits(list(layers), settings.keep), settings.candidates_w, settings.candidates_a
     return Budget(budget, layers, kept, w, a, device)
 
@@ -704,7 +704,7 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     arguments. loss_fn(outputs, targets) → scalar; of several outputs it gets the first. budget: BUDGET_HELP.
     example_inputs: what MACs are counted on, at the size that you deploy (default: the first image).
     on_step(step, record): called after each. capture: record steps on CUDA. settings: of SearchSettings."""
-    settings, device = SearchSettings(**settings), next(model.parameters()).device
+    settings, device = SearchSettings(**settings), next(model.parameters(), torch.empty(0)).device
     def move(inputs):
         moved = tuple(t.to(device) for t in as_args(inputs))
         return moved if len(moved) > 1 else moved[0]
@@ -940,53 +940,48 @@ class Captured:
 
     def __init__(self, device, on=True):
         self.on, self.same, self.steps = on and device.type == "cuda", False, 0
-        self.fixed, self.recorded, self.pool = [], {}, None
-        self.stream = torch.cuda.Stream(device) if self.on else None
+        self.fixed, self.recorded = None, {}
+        if self.on:
+            self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def inputs(self, *batch):
         """Begin a step; the tensors of its batch in memory that stays."""
-        if not self.on:
-            return batch
         self.steps += 1
-        self.fixed = self.fixed or [t.clone() for t in batch]
-        self.same = [t.shape for t in batch] == [t.shape for t in self.fixed]
+        self.fixed = self.fixed or self.on and [t.clone() for t in batch]
+        self.same = self.on and [t.shape for t in batch] == [t.shape for t in self.fixed]
         if self.same:
             torch._foreach_copy_(self.fixed, list(batch))
         return self.fixed if self.same else batch
 
     def __call__(self, name, piece, *arguments):
-        if not self.on or not self.same:
-            return piece(*arguments)
         try:
-            if self.steps <= 3:
+            if self.same and self.steps <= 3:
                 return self.warm(piece, arguments)
-            if name not in self.recorded:
+            if self.same and name not in self.recorded:
                 self.recorded[name] = self.record(piece, arguments)
         except RuntimeError as error:
-            self.on = False
+            self.on = self.same = False
             say(f"steps are not recorded, and slower: {one_line(error)}")
+        if not self.same:
             return piece(*arguments)
         replay, result = self.recorded[name]
         replay()
         return result
 
     def warm(self, piece, arguments):
-        """On a side stream, as CUDA wants it. The last time, to wait for the device is an error."""
-        current = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(current)
-        torch.cuda.set_sync_debug_mode("error" if self.steps == 3 else "default")
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        torch.cuda.set_sync_debug_mode("error" if self.steps == 3 else "default")  # no piece may wait
         try:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream):  # on a side stream, as CUDA wants it
                 return piece(*arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            current.wait_stream(self.stream)
+            self.stream.synchronize()
 
     def record(self, piece, arguments):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, self.pool, self.stream):
             result = piece(*arguments)
-        self.pool = graph.pool()
         return graph.replay, result
 
 # ------------------------------
