@@ -309,6 +309,7 @@ LayerCost = collections.namedtuple("LayerCost", "macs numel")  # of one image; o
 def trace(model, example_inputs):
     """{name: LayerCost} of the Conv2d and Linear that a pass calls, in call order, over all calls."""
     args, macs = as_args(example_inputs), {}
+
     def count(layer, inputs, out):
         macs[layer] = macs.get(layer, 0) + out.numel() * layer.weight[0].numel() // len(args[0])
 
@@ -558,7 +559,7 @@ def option(default, help, choices=None):
 @dataclasses.dataclass
 class SearchSettings:
     """What search() takes as keywords and the command line as flags."""
-    method: str = option("asga", "sagm: fixed radius; joint: no sharpness", list(METHODS))
+    method: str = option("asga", "sagm: fixed radius; joint: no sharpness; uniform: no search", list(METHODS))
     steps: int = option(400, "optimization steps")
     candidates_w: tuple = option(CANDIDATES, "bitwidths for weights")
     candidates_a: tuple = option(CANDIDATES, "bitwidths for activations")
@@ -569,10 +570,10 @@ class SearchSettings:
     adaptive: bool = option(True, "radius follows the gap, rho = ln(1 + h)")
     project: bool = option(True, "remove from g_p what opposes g")
     direction: str = option("mean", "step along (g + g_p)/2, or along g_p", ["mean", "perturbed"])
-    lr: float = option(0.01, "of weights and quantizer steps (cosine to zero)")
-    lr_beta: float = option(4.0, "of the bitwidths, in bits (cosine to zero)")
+    lr: float = option(0.01, "learning rate of weights and steps (cosine to zero)")
+    lr_beta: float = option(4.0, "learning rate of the bitwidths, in bits")
     momentum: float = option(0.9, "momentum of SGD")
-    weight_decay: float = option(1e-4, "of convolutions and matrices")
+    weight_decay: float = option(1e-4, "weight decay of convolutions and matrices")
     precision: str = option("float32", "bf16: under autocast", ["float32", "bf16"])
 
     def __post_init__(self):
@@ -626,6 +627,7 @@ def backward(net, x, y, loss_fn, precision):
 def update(net, optimizer, guard, play, x, y, loss_fn, precision):
     """A step of an ASGA optimizer on one batch, its pieces run by `play`, quantizer steps guarded."""
     *x, y = play.inputs(*as_args(x), y)
+
     def closure():
         guard.clamp()  # the perturbation too: behind a silent layer BatchNorm makes gradients infinite
         return backward(net, x, y, loss_fn, precision)
@@ -705,6 +707,7 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     example_inputs: what MACs are counted on, at the size that you deploy (default: the first image).
     on_step(step, record): called after each. capture: record steps on CUDA. settings: of SearchSettings."""
     settings, device = SearchSettings(**settings), next(model.parameters(), torch.empty(0)).device
+
     def move(inputs):
         moved = tuple(t.to(device) for t in as_args(inputs))
         return moved if len(moved) > 1 else moved[0]
@@ -1289,6 +1292,7 @@ def evaluate(model, part, resolution, device, batch_size=64, capture=True):
     part.load(device)
     blocks = torch.arange(len(part)).split(batch_size)
     total = torch.zeros(2, dtype=torch.float64, device=device)
+
     def count(images, y):
         logits = first_output(model(normalize(images, resolution)))
         loss = F.cross_entropy(logits, y, reduction="sum")
@@ -1370,6 +1374,7 @@ class Job:
         plain = dict(METHODS["joint"], momentum=0.9, nesterov=True, fused=True)
         optimizer = ASGA(groups, torch.optim.SGD, **plain)
         guard, play = step_guard(model), Captured(self.device, self.cfg.capture)
+
         def step(x, y, done):
             cosine(optimizer, done, total, warmup)
             update(model, optimizer, guard, play, x, y, F.cross_entropy, self.cfg.precision)
@@ -1575,7 +1580,7 @@ def parse(argv):
     add(fit + " eval", "compile the quantizers", compile=True)
     add(fit + " eval", "on CUDA: record the steps in graphs", capture=True)
     add(fit, "resnet20, a torchvision model, or file.py:function", arch="")
-    add(fit, "full-precision ones: a file, or imagenet", weights="")
+    add(fit, "full-precision weights: a file, or imagenet", weights="")
     add(fit, "0: the images'; torchvision: 64, MACs at 224", resolution=0, cost_resolution=0)
     add(fit, "share of the training images", images=1.0)
     add(fit, "auto: flip, digits crop", ["auto", "flip", "crop", "none"], augment="auto")
