@@ -1,7 +1,6 @@
 """What a step of asga.py costs, beside full precision.
 
-    python evidence/bench.py --compilation --out results/bench/resnet18.json    times and memory; 3 minutes
-    python evidence/bench.py --knapsack                                 time of the exact knapsack
+    python evidence/bench.py --out results/bench/resnet18.json          times and memory; 2 minutes
     python evidence/bench.py --table results/bench/*.json               all of it as Markdown
 
 Each round runs each variant once, on one random batch; a ratio is the median over rounds of the ratio in one.
@@ -13,11 +12,7 @@ import copy
 import gc
 import itertools
 import math
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 
 import torch
@@ -153,6 +148,7 @@ def measure(bench, rounds):
         for _ in asga.progress(range(rounds + 6), "rounds", rounds + 6):
             for name, step in variants.items():
                 samples[name].append(timed(step))
+    ratios["first_step_of_asga_s"] = samples["asga"][0]
     samples = {name: times[6:] for name, times in samples.items()}
     memory = {name: peak_bytes(bench, name) for name in ("full_precision", "two_pass", "asga")}
     for name, (_, _, to) in bench.variants.items():
@@ -162,23 +158,8 @@ def measure(bench, rounds):
             ratios[f"memory_{name}_over_full_precision"] = memory[name] / memory["full_precision"]
     return {"samples": samples, "peak_bytes": memory, "ratios": ratios, "on_cuda": device}
 
-def compile_times(argv):
-    """Seconds that compilation adds to a process's first step: without a cache, and with the first's."""
-    with tempfile.TemporaryDirectory() as cache:
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
-        command = [sys.executable, __file__, *argv, "--first-step"]
-        return {name: float(subprocess.check_output(command, env=env)) for name in ("cold", "warm")}
-
-def knapsack_times(arch):
-    """[seconds] of the knapsack over 36 choices a layer, for random β on the budget of 3 bit."""
-    run, times = Bench(arch, 224, 1, "float32", torch.device("cpu")).supernet(), []
-    for _ in range(5):
-        run.write(run.budget.project(2 + 6 * torch.rand_like(run.bits())))
-        times.append(timed(run.policy))
-    return times
-
 def show(results):
-    """Markdown: a column for each network, then the knapsack."""
+    """Markdown: a column for each network."""
     def milliseconds(times):
         return f"{1e3 * statistics.median(times):.1f} ({1e3 * min(times):.1f}-{1e3 * max(times):.1f})"
 
@@ -190,14 +171,9 @@ def show(results):
     for name in dict.fromkeys(itertools.chain(*[r.get("on_cuda", {}) for r in steps])):
         for key in ("launches", "kernels_ms", "python_ms"):
             rows.append([f"{name}, {key}", *[f"{r['on_cuda'][name][key]:.1f}" for r in steps]])
-    for kind in ("ratios", "compile"):
-        for name in dict.fromkeys(itertools.chain(*[r[kind] for r in steps])):
-            rows.append([name, *[f"{r[kind].get(name, math.nan):.2f}" for r in steps]])
-    if steps:
-        print(table(["", *[f"{r['settings']['arch']}, {r['settings']['precision']}" for r in steps]], rows))
-    for result in results:
-        for arch, times in result.get("knapsack", {}).items():
-            print(f"knapsack, {arch}, ms (range): {milliseconds(times)}")
+    for name in dict.fromkeys(itertools.chain(*[r["ratios"] for r in steps])):
+        rows.append([name, *[f"{r['ratios'].get(name, math.nan):.2f}" for r in steps]])
+    print(table(["", *[f"{r['settings']['arch']}, {r['settings']['precision']}" for r in steps]], rows))
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -207,26 +183,12 @@ def main(argv=None):
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
     parser.add_argument("--out", help="JSON with every sample")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="show what --out wrote")
-    parser.add_argument("--knapsack", action="store_true")
-    parser.add_argument("--compilation", action="store_true", help="what it adds to the first step")
-    parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.table:
         return show([asga.read_json(name) for name in args.table])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {"device": asga.describe(device), **asga.VERSIONS, "settings": vars(args)}
-    if args.knapsack:
-        result["knapsack"] = {arch: knapsack_times(arch) for arch in ("resnet50", "mobilenet_v2")}
-    else:
-        bench = Bench(args.arch, args.resolution, args.batch_size, args.precision, device)
-        if args.first_step:
-            step = bench.search()
-            first, _, *later = [timed(step) for _ in range(4)]
-            print(first - min(later))
-            return
-        result.update(measure(bench, args.rounds), compile={})
-        if args.compilation:
-            result["compile"] = compile_times(argv or sys.argv[1:])
+    result |= measure(Bench(args.arch, args.resolution, args.batch_size, args.precision, device), args.rounds)
     print(f"{result['device']}, torch {result['torch']}")
     show([result])
     if args.out:

@@ -1,20 +1,21 @@
 """What only a GPU shows of asga.py, in parts of evidence/gpu.sh; on a CPU with --dry, at toy sizes.
 
     python evidence/gpu.py nan          how often a search on one batch ends in NaN, recorded and plain
-    python evidence/gpu.py search       a whole `asga.py search`: seconds of each phase, from process start
+    python evidence/gpu.py search       a whole `asga.py search`: seconds from process start
 """
 import argparse
 import itertools
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from common import asga, run, table
+from common import ROOT, asga, run, table
 
 CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BEGAN = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 def nan(dry):
     """resnet18, random weights, the same batch again and again; exit code 1 where one ends in NaN."""
@@ -38,49 +39,31 @@ def nan(dry):
     return int(bad > 0)
 
 def pictures(folder, count):
-    """CIFAR-10's folder that ASGA_DATA names, or `count` random JPEGs in its layout."""
+    """CIFAR-10's folder that ASGA_DATA names, or `count` random JPEGs of each class in its layout."""
     given = Path(os.environ.get("ASGA_DATA", "nowhere")) / "cifar10"
     if (given / "train").is_dir():
         return given
-    draw = torch.Generator().manual_seed(0)
     to_image = asga.import_torchvision().transforms.functional.to_pil_image
-    for part, label, i in itertools.product(("train", "val"), range(10), range(count // 20)):
+    for part, label, i in itertools.product(("train", "val"), range(10), range(count)):
         place = folder / part / str(label)
         place.mkdir(parents=True, exist_ok=True)
-        colour = torch.rand(3, 1, 1, generator=torch.Generator().manual_seed(label))
-        to_image((colour + torch.rand(3, 32, 32, generator=draw)) / 2).save(place / f"{i}.jpg")
+        to_image(torch.rand(3, 32, 32)).save(place / f"{i}.jpg")
     return folder
 
 def whole(dry):
-    """Seconds of each phase of `search` at its defaults, resnet18, random weights."""
-    rows = [["imports", f"{time.time() - started():.1f}"]]
-    for owner, name in ((asga.Job, "__init__"), (asga.ImageSet, "load"), (asga.Search, "__init__"),
-                        (asga.Job, "loop"), (asga.Job, "evaluate")):
-        setattr(owner, name, timed(getattr(owner, name), f"{owner.__name__}.{name}", rows))
+    """Seconds until each file of `search` at its defaults, resnet18, random weights."""
     with tempfile.TemporaryDirectory() as folder:
-        data = pictures(Path(folder) / "data", 40 if dry else 4000)
-        flags = ["--steps", "3", "--batch-size", "4", "--images", "0.002"] if dry else []
-        arch = "resnet20" if dry else "resnet18"
-        flags += ["--arch", arch, "--data", str(data), "--random-weights", "--out", f"{folder}/out"]
-        rows.append(["arguments", " ".join(flags)])
-        code = asga.main(["search", *flags])
-    rows.append(["whole process, pictures made included", f"{time.time() - started():.1f}"])
-    print(table(["phase", "seconds"], rows), flush=True)
+        data, out = pictures(Path(folder) / "data", 2 if dry else 200), Path(folder) / "out"
+        flags = ["--steps", "3", "--batch-size", "4", "--images", "0.002"] if dry else ["--arch", "resnet18"]
+        flags += ["--data", str(data), "--random-weights", "--out", str(out)]
+        start = time.time()
+        code = subprocess.call([sys.executable, ROOT / "asga.py", "search", *flags])
+        files = {"config.json": "imports, network, images to judge by", "policy.json": "evaluation",
+                 "log.jsonl": "images to learn from, calibration, compilation, search"}
+        rows = [[name, f"{(out / name).stat().st_mtime - start:.1f}", what] for name, what in files.items()]
+        rows.append(["", asga.read_json(out / "metrics.json")["seconds"], "calibration and search alone"])
+    print(table(["until", "seconds", "with"], rows), flush=True)
     return code
-
-def started():
-    """When this process started, as time.time() has it."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return ticks / os.sysconf("SC_CLK_TCK") + BEGAN
-
-def timed(function, name, rows):
-    def wrapper(*args, **more):
-        start = time.monotonic()
-        result = function(*args, **more)
-        if (seconds := time.monotonic() - start) > 0.1:
-            rows.append([name, f"{seconds:.1f}"])
-        return result
-    return wrapper
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

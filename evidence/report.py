@@ -1,10 +1,7 @@
 """From finished runs to results/reproduce.md: verdicts, tables, plots; evidence/reproduce.py ends with it.
 
-    python evidence/report.py results/reproduce/runs.jsonl      prints the report of these runs
-
 A run is a line of runs.jsonl; a transfer has a "cell". What is compared and shown stands in plan.json.
 """
-import argparse
 import itertools
 import json
 import math
@@ -12,7 +9,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import numpy as np
-from common import asga, run, table
+from common import asga, table
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -247,12 +244,3 @@ def write(plan, places):
     head += "All runs: [runs.jsonl](reproduce/runs.jsonl)."
     page = f"# What came out\n\n{head}\n\n{text(runs)}\n{plots(runs, folder)}"
     asga.write_atomic(places["out"] / "reproduce.md", page)
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=open, help="runs.jsonl of reproduce.sh")
-    records = map(json.loads, parser.parse_args().runs)
-    print(text(arranged({record["name"]: record for record in records})))
-
-if __name__ == "__main__":
-    run(main)

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import bench
-import beta_gradient
 import flatness
 import policies
 import pytest
@@ -183,21 +182,3 @@ def test_eigenvalue_and_gap(monkeypatch):
         p.data += 0.05 / told["grad_norm"] * grad
     assert told["gap"][0.05] == pytest.approx((F.cross_entropy(net(x), y) - loss).item(), rel=1e-3)
     assert torch.tensor(list(told["moves"].values())).norm().item() == pytest.approx(0.05)
-
-def test_what_the_summary_of_beta_gradients_tells():
-    """Gradients of known means under noise of known size: the means come out; no difference where none is."""
-    torch.manual_seed(0)
-    mean, other = torch.tensor([3.0, 0.0, 0.0, 0.0]), torch.tensor([3.0, 4.0, 0.0, 0.0])
-    g, far = mean + 5 * torch.randn(1000, 4), mean + 15 * torch.randn(1000, 4)
-    same = beta_gradient.summary(g[:400], g[:400] + 5 * torch.randn(400, 4))
-    assert same["p"]["g_p − g"] > 0.05 and same["length"]["expected g"] == pytest.approx(3, abs=0.5)
-    told = beta_gradient.summary(far, far - mean + other + torch.randn(1000, 4))
-    assert told["p"]["g_p − g"] == 0.001 and told["length"]["expected g_p − g"] == pytest.approx(4, abs=0.2)
-    assert told["cos"]["expected g, g_p"] == pytest.approx(0.6, abs=0.05)
-    told = beta_gradient.summary(torch.eye(2).repeat(2, 1), torch.tensor([[1.0, 0.0]] * 4))
-    assert told["cos"]["g, g_p"] == 0.5 and told["cos"]["g of two batches"] == pytest.approx(1 / 3, abs=1e-4)
-
-def test_both_passes_of_beta_gradients_draw_alike():
-    run, x, y = small(rho_min=0.0, rho_max=0.0, alpha=0.0)
-    g, g_p, whole = beta_gradient.beta_gradients(run, [(x, y)] * 2)
-    assert torch.equal(g, g_p) and torch.allclose(whole, torch.ones(2)) and not torch.allclose(g[0], g[1])
