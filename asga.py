@@ -656,7 +656,7 @@ class Search:
         names = "rho_min", "rho_max", "alpha", "adaptive", "project", "direction", "lr", "momentum"
         chosen = {name: getattr(settings, name) for name in names}
         buffers = [b for name, b in self.net.named_buffers() if "quantizer." not in name]  # those never move
-        self.optimizer = ASGA(groups, torch.optim.SGD, buffers=buffers, fused=True, **chosen)
+        self.optimizer = ASGA(groups, torch.optim.SGD, buffers=buffers, fused=budget.lo.is_cuda, **chosen)
         self.guard, self.play = step_guard(self.net), Captured(budget.lo.device, capture)
         self.write(budget.uniform())
 
@@ -1371,7 +1371,7 @@ class Job:
         """Train by SGD; the seconds it took."""
         total = epochs * max(1, len(self.train) // self.cfg.batch_size)
         groups = parameter_groups(model, lr, weight_decay)
-        plain = dict(METHODS["joint"], momentum=0.9, nesterov=True, fused=True)
+        plain = dict(METHODS["joint"], momentum=0.9, nesterov=True, fused=self.device.type == "cuda")
         optimizer = ASGA(groups, torch.optim.SGD, **plain)
         guard, play = step_guard(model), Captured(self.device, self.cfg.capture)
 

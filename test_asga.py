@@ -715,7 +715,10 @@ def started(model=None, spec="3bit", x=None, capture=True, **chosen):
     """A Search that is ready for its first step."""
     model, chosen = model or Handmade(), asga.SearchSettings(**chosen)
     x = toy_batches(device=next(model.parameters()).device)[0][0] if x is None else x
-    return asga.Search(model, asga.plan(model, x[:1], spec, chosen), chosen, [x], capture=capture)
+    run = asga.Search(model, asga.plan(model, x[:1], spec, chosen), chosen, [x], capture=capture)
+    for group in run.optimizer.param_groups:
+        group["fused"] = True  # the SGD that CUDA has; whole commands run the other one
+    return run
 
 @on_devices
 @pytest.mark.parametrize("more", [{"method": method} for method in asga.METHODS] + [
@@ -842,7 +845,6 @@ class Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operations, self.done = [], False
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         masks = [t for t in tree_leaves(args) if torch.is_tensor(t) and t.dtype == torch.bool]
@@ -863,8 +865,6 @@ class Tape(TorchDispatchMode):
         self.done = True
 
 class Played(asga.Captured):
-    """Captured without CUDA."""
-
     def __init__(self, device, on=True):
         super().__init__(device, on)
         self.on = on
