@@ -148,7 +148,6 @@ def measure(bench, rounds):
         for _ in asga.progress(range(rounds + 6), "rounds", rounds + 6):
             for name, step in variants.items():
                 samples[name].append(timed(step))
-    ratios["first_step_of_asga_s"] = samples["asga"][0]
     samples = {name: times[6:] for name, times in samples.items()}
     memory = {name: peak_bytes(bench, name) for name in ("full_precision", "two_pass", "asga")}
     for name, (_, _, to) in bench.variants.items():
