@@ -10,8 +10,7 @@ An open reference implementation, in one file and not by the authors, of
 First the method: quantizer, supernet, cost and budget, ASGA, search.
 The paper's symbols: θ = (w, s, β) weights, quantizer steps, real-valued bitwidths; L loss; g its gradient;
 ρ radius; h = L_p − L gap; α alignment step; C(β) expected cost, C* budget. "Our choice" marks what it
-leaves open; README.md numbers these choices.
-"""
+leaves open; README.md numbers these choices."""
 import argparse
 import collections
 import contextlib
@@ -211,6 +210,7 @@ class Operands(torch.overrides.TorchFunctionMode):
         return func(**named)
 
 def quantized_forward(layer, *args, **kwargs):
+    """The layer's own forward, on quantized operands."""
     with Operands(layer):
         return type(layer).forward(layer, *args, **kwargs)
 
@@ -246,6 +246,7 @@ def quantized_layers(model):
     return {name: m for name, m in layers_of(model).items() if hasattr(m, "weight_quantizer")}
 
 def quantizers_of(model):
+    """All quantizers in a model."""
     return [m for m in model.modules() if isinstance(m, Quantizer)]
 
 def calibrate(model, batches):
@@ -309,7 +310,6 @@ LayerCost = collections.namedtuple("LayerCost", "macs numel")  # of one image; o
 def trace(model, example_inputs):
     """{name: LayerCost} of the Conv2d and Linear that a pass calls, in call order, over all calls."""
     args, macs = as_args(example_inputs), {}
-
     def count(layer, inputs, out):
         macs[layer] = macs.get(layer, 0) + out.numel() * layer.weight[0].numel() // len(args[0])
 
@@ -554,6 +554,7 @@ METHODS = {
 }
 
 def option(default, help, choices=None):
+    """A field of SearchSettings, with what its command-line flag needs."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 @dataclasses.dataclass
@@ -627,7 +628,6 @@ def backward(net, x, y, loss_fn, precision):
 def update(net, optimizer, guard, play, x, y, loss_fn, precision):
     """A step of an ASGA optimizer on one batch, its pieces run by `play`, quantizer steps guarded."""
     *x, y = play.inputs(*as_args(x), y)
-
     def closure():
         guard.clamp()  # the perturbation too: behind a silent layer BatchNorm makes gradients infinite
         return backward(net, x, y, loss_fn, precision)
@@ -707,7 +707,6 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     example_inputs: what MACs are counted on, at the size that you deploy (default: the first image).
     on_step(step, record): called after each. capture: record steps on CUDA. settings: of SearchSettings."""
     settings, device = SearchSettings(**settings), next(model.parameters(), torch.empty(0)).device
-
     def move(inputs):
         moved = tuple(t.to(device) for t in as_args(inputs))
         return moved if len(moved) > 1 else moved[0]
@@ -730,7 +729,6 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
 
 # ==============================
 # The method ends here. What follows serves it: policy, speed, networks, data, runs, commands.
-
 # ------------------------------
 # Policy: whole bits for every layer, and the file that carries them
 
@@ -819,6 +817,7 @@ def read_json(path):
         raise AsgaError(f"{path} is no JSON of asga.py ({one_line(error)}): give another") from None
 
 def write_json(path, data):
+    """Readable JSON: an entry a line, two levels deep."""
     text = re.sub(r"\n {2,}([}\]])", r"\1", json.dumps(data, indent=1))
     write_atomic(path, re.sub(r"\n {3,}", " ", text + "\n"))
 
@@ -1047,8 +1046,7 @@ def build(arch, num_classes):
         spec.loader.exec_module(module)
         return getattr(module, function)(num_classes=num_classes).train()
     except Exception as error:
-        known = "resnet20, a torchvision classifier or file.py:function (num_classes=…)"
-        raise AsgaError(f"--arch {arch!r}: {one_line(error)}; give {known}") from error
+        raise AsgaError(f"--arch {arch!r}: {one_line(error)}; see --help for what it takes") from error
 
 def check_network(model, arch, num_classes, resolution, device):
     """An input [1, 3, R, R] that becomes [1, num_classes]; AsgaError where it does not."""
@@ -1099,6 +1097,7 @@ def read_image(path):
         raise AsgaError(f"{path} is no readable image ({one_line(error)}): mend or delete it") from None
 
 def on_signals(handler, worker=None):
+    """What Ctrl-C and SIGTERM do, in a process or in its data workers."""
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
 
@@ -1168,7 +1167,8 @@ class ImageSet:
 
 @functools.cache
 def statistics(device):
-    rows = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pretrained networks expect
+    """ImageNet's mean and deviation, which pretrained networks expect: [2, 3, 1, 1]."""
+    rows = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return torch.tensor(rows, device=device)[..., None, None]
 
 def normalize(images, resolution):
@@ -1254,6 +1254,7 @@ def one_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 def human(value):
+    """1234567 → '1.235M'."""
     unit = max((unit for unit in SCALES if SCALES[unit] <= value), key=SCALES.get, default="")
     return f"{value / SCALES[unit]:.4g}{unit.upper()}"
 
@@ -1292,7 +1293,6 @@ def evaluate(model, part, resolution, device, batch_size=64, capture=True):
     part.load(device)
     blocks = torch.arange(len(part)).split(batch_size)
     total = torch.zeros(2, dtype=torch.float64, device=device)
-
     def count(images, y):
         logits = first_output(model(normalize(images, resolution)))
         loss = F.cross_entropy(logits, y, reduction="sum")
@@ -1309,6 +1309,7 @@ def evaluate(model, part, resolution, device, batch_size=64, capture=True):
 # Commands: a folder each with log and checkpoints; stopped at any step and continued
 
 def describe(device):
+    """The machine in a line."""
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
 
@@ -1341,8 +1342,7 @@ class Job:
         self.val.load(self.device)  # a broken image shows now
         cfg = self.cfg
         cfg.out = cfg.out or time.strftime("runs/%Y%m%d-%H%M%S")
-        free = "function", "out", "capture"  # a run may go on with another value of these
-        settings = {key: value for key, value in vars(cfg).items() if key not in free}
+        settings = {k: v for k, v in vars(cfg).items() if k not in ("function", "out", "capture")}
         self.settings = json.loads(json.dumps(settings))
         self.out, config = Path(cfg.out), Path(cfg.out) / "config.json"
         self.out.mkdir(parents=True, exist_ok=True)
@@ -1374,7 +1374,6 @@ class Job:
         plain = dict(METHODS["joint"], momentum=0.9, nesterov=True, fused=self.device.type == "cuda")
         optimizer = ASGA(groups, torch.optim.SGD, **plain)
         guard, play = step_guard(model), Captured(self.device, self.cfg.capture)
-
         def step(x, y, done):
             cosine(optimizer, done, total, warmup)
             update(model, optimizer, guard, play, x, y, F.cross_entropy, self.cfg.precision)
@@ -1579,7 +1578,7 @@ def parse(argv):
     add(fit + " eval", "cpu, cuda, cuda:1", device="auto")
     add(fit + " eval", "compile the quantizers", compile=True)
     add(fit + " eval", "on CUDA: record the steps in graphs", capture=True)
-    add(fit, "resnet20, a torchvision model, or file.py:function", arch="")
+    add(fit, "resnet20, a torchvision classifier, or file.py:function (num_classes=)", arch="")
     add(fit, "full-precision weights: a file, or imagenet", weights="")
     add(fit, "0: the images'; torchvision: 64, MACs at 224", resolution=0, cost_resolution=0)
     add(fit, "share of the training images", images=1.0)
@@ -1603,6 +1602,7 @@ def parse(argv):
     return cfg
 
 def main(argv=None):
+    """Run a command line; the exit code."""
     cfg = parse(argv)
     try:
         cfg.function(cfg)

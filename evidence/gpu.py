@@ -33,7 +33,7 @@ def nan(dry):
             record = [search.step(x, y, done) for done in range(steps)][-1]
             last.append(record["loss"].item())
             recorded = len(search.play.recorded)
-        bad += sum(loss != loss for loss in last)
+        bad += sum(loss != loss for loss in last) + (capture and CUDA.type == "cuda" and not recorded)
         rows.append([precision, recorded, " ".join(f"{loss:.4f}" for loss in last)])
     print(table(["precision", "recorded pieces", "last losses, a seed each"], rows), flush=True)
     return int(bad > 0)
