@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import torch
@@ -797,10 +798,10 @@ def check_bits(bits, where=""):
     return tuple(sorted(found))
 
 def write_atomic(path, content):
-    """Text, or what torch.save takes, first beside `path`: a reader never sees half a file."""
+    """Text, bytes, or what torch.save takes, first beside `path`: a reader never sees half a file."""
     part, buffer = Path(f"{path}.part"), io.BytesIO()
-    if isinstance(content, str):
-        buffer.write(content.encode())
+    if isinstance(content, (str, bytes)):
+        buffer.write(content.encode() if isinstance(content, str) else content)
     else:
         torch.save(content, buffer)
     try:
@@ -1306,6 +1307,168 @@ def evaluate(model, part, resolution, device, batch_size=64, capture=True):
     return {"accuracy": 100 * right / len(part), "loss": loss / len(part)}
 
 # ------------------------------
+# Export: a quantized network in ONNX, with integers
+
+class Operand(torch.autograd.Function):
+    """The identity; in a graph for ONNX an operand: x on the grid (n, p), or integers (of a weight, of a bias
+    without a grid), times scale. qonnx: a node Quant."""
+
+    @staticmethod
+    def forward(ctx, x, scale, grid, qonnx):
+        return x * 1.0
+
+    @staticmethod
+    def symbolic(graph, x, scale, grid, qonnx):
+        def constant(value, dtype):
+            return graph.op("Constant", value_t=torch.tensor(value, dtype=dtype))
+
+        kind, (n, p) = x.type(), grid or (0, 0)
+        if qonnx:
+            bits = constant((p - n).bit_length(), torch.float32)
+            out = graph.op("qonnx.custom_op.general::Quant", x, scale, constant(0, torch.float32), bits,
+                           signed_i=int(n < 0), narrow_i=0, rounding_mode_s="ROUND")
+        elif kind.dtype().is_floating_point:
+            zero = 128 if n < 0 else 0  # uint8 everywhere: where types differ onnxruntime computes in float
+            ends, zero = [constant(end + zero, torch.uint8) for end in grid], constant(zero, torch.uint8)
+            levels = graph.op("Clip", graph.op("QuantizeLinear", x, scale, zero), *ends)
+            out = graph.op("DequantizeLinear", levels, scale, zero)
+        else:
+            levels = graph.op("Clip", x, *(constant(end, torch.int8) for end in grid)) if grid else x
+            out = graph.op("DequantizeLinear", levels, scale, axis_i=0)
+        return out.setType(kind.with_dtype(torch.float32))
+
+class Exporting(torch.overrides.TorchFunctionMode):
+    """The first pass in it sees what becomes of products; after `write` a traced pass has integers."""
+
+    def __init__(self, net, qonnx):
+        super().__init__()
+        self.qonnx, self.layer, self.operands, self.folded, self.spared = qonnx, None, {}, set(), []
+        self.calls, self.readers = collections.defaultdict(list), collections.defaultdict(list)
+        for name, layer in quantized_layers(net).items():
+            if (bits := max(layer.weight_quantizer.bits + layer.input_quantizer.bits)) > 8:
+                raise AsgaError(f"layer {name} has {bits} bits: no more than 8 can be exported")
+            layer.input_quantizer.forward = lambda x: x
+            layer.weight_quantizer.forward = functools.partial(self.enter, layer)
+
+    def enter(self, layer, weight):
+        self.layer = layer  # whose product comes next
+        return weight
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        layer, kwargs, self.layer = self.layer, kwargs or {}, None
+        if func is F.batch_norm and any(args[0] is out for out in self.spared):
+            return args[0]
+        for key, (x, *more) in self.operands.get(layer, {}).items():
+            kwargs[key] = Operand.apply(kwargs[key] if x is None else x, *more, self.qonnx)
+        out = func(*args, **kwargs)
+        if layer in self.folded:
+            self.spared.append(out)
+        elif not self.operands:
+            leaves = torch.utils._pytree.tree_leaves
+            for t in leaves((args, kwargs)) if any(map(torch.is_tensor, leaves(out))) else ():
+                self.readers[id(t)].append((func, args, kwargs))
+            if layer:
+                self.calls[layer].append((kwargs, out))
+        return out
+
+    def write(self, layer):
+        """Set a layer's operands. A BatchNorm that alone reads a convolution goes into its scales and bias (a
+        negative γ turns integers) where they fit. Biases, the net's too, become whole units of s · s_x."""
+        q, q_x = layer.weight_quantizer, layer.input_quantizer
+        grid, s, s_x = q.grid[1:, 0].tolist(), q.steps.double(), q_x.steps.double()
+        (given, out), *others = self.calls[layer]
+        readers, weight = self.readers[id(out)], given["weight"].clone()
+        bias = shift = None if self.qonnx else given.get("bias")
+        if not self.qonnx:
+            weight = (weight / q.steps).clamp(*grid).round().to(torch.int8)
+        alone = not others and not self.qonnx and [func for func, *_ in readers] == [F.batch_norm]
+        if alone and isinstance(layer, nn.Conv2d):
+            _, (_, mean, var), norm = readers[0]
+            norm = mean, var, norm["eps"], norm["weight"], norm["bias"]
+            ones = torch.ones(len(mean), 1, 1, 1, dtype=torch.float64)
+            factor, moved = nn.utils.fuse_conv_bn_weights(ones, bias, *norm)
+            turned, fine = weight * factor.sign(), s * factor.abs().flatten()
+            if torch.equal(turned, turned.clamp(*grid)) and fits(moved / (fine * s_x)):
+                weight, s, shift, bias = turned.to(torch.int8), fine, moved, norm[-1]
+                self.folded.add(layer)
+        layer.register_buffer("operand", weight)
+        self.operands[layer] = {"input": (None, q_x.steps[0], q_x.grid[1:, 0].tolist()),
+                                "weight": (layer.operand, s.float().squeeze(), grid)}
+        if shift is not None and fits(shift / (s * s_x)):
+            layer.register_buffer("bias_operand", (shift / (s * s_x)).round().int())
+            self.operands[layer]["bias"] = layer.bias_operand, (s * s_x).float().squeeze(), None
+            bias.add_(layer.bias_operand * s * s_x - shift)
+
+def fits(x):
+    """Whether int32 holds it."""
+    return bool((x.abs() < 2 ** 31).all())
+
+def to_onnx(net, example, form="qcdq"):
+    """(onnx.ModelProto, the network that it computes: a copy of `net`, its biases rounded). net: quantized, 8
+    bits at most. example: inputs [2, …]; other batch sizes fit too. form "qcdq": QuantizeLinear, Clip to the
+    bits, DequantizeLinear; weights and biases are integers. "qonnx": nodes Quant, no bias is rounded."""
+    import onnx
+    net, buffer, names = copy.deepcopy(net).eval().requires_grad_(False), io.BytesIO(), ("images", "logits")
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"), Exporting(net, form == "qonnx") as passes:
+        net(example)
+        for layer in list(passes.calls):
+            passes.write(layer)
+        torch.onnx.export(net, (example,), buffer, dynamo=False, opset_version=17, input_names=names[:1],
+                          output_names=names[1:], dynamic_axes=dict.fromkeys(names, {0: "batch"}),
+                          custom_opsets={"qonnx.custom_op.general": 1} if passes.qonnx else {})
+    for q in quantizers_of(net):
+        del q.forward
+    return onnx.load_from_string(buffer.getvalue()), net
+
+def read_bits(model):
+    """{layer: (w, a)} as an exported graph tells; AsgaError for weights beyond them."""
+    from onnx.numpy_helper import to_array as read
+    found, a = {}, 0
+    arrays = {t.name: read(t) for t in model.graph.initializer}
+    for node in model.graph.node:  # of each product the input comes before the weight
+        values = [arrays.get(name) for name in node.input]
+        if node.op_type == "Constant":
+            arrays[node.output[0]] = read(node.attribute[0].t)
+        elif node.op_type == "Quant" or node.op_type == "Clip" and values[1].dtype.itemsize == 1:
+            n, p = (0, 2 ** int(values[3]) - 1) if node.op_type == "Quant" else map(int, values[1:])
+            bits = (p - n).bit_length()
+            if values[0] is None:
+                a = bits
+            else:
+                found[node.input[0].removesuffix(".operand")] = bits, a
+                if node.op_type == "Clip" and not n <= values[0].min() <= values[0].max() <= p:
+                    raise AsgaError(f"{node.input[0]} has integers beyond {n} … {p}")
+    return found
+
+def read_onnx(path):
+    """(onnx.ModelProto, what export wrote into it)."""
+    import onnx
+    try:
+        model = onnx.load(path)
+        return model, json.loads(model.metadata_props[0].value)
+    except Exception as error:
+        raise AsgaError(f"{path} is no ONNX file of export ({type(error).__name__})") from None
+
+class Runtime(nn.Module):
+    """An onnx.ModelProto as a network on the CPU, in onnxruntime (a QONNX one by way of qonnx)."""
+
+    def __init__(self, model, optimize=True):
+        super().__init__()
+        if any(node.op_type == "Quant" for node in model.graph.node):
+            from qonnx.core.modelwrapper import ModelWrapper
+            from qonnx.transformation.qonnx_to_qcdq import QuantToQCDQ
+            model = ModelWrapper(model).transform(QuantToQCDQ()).model
+        import onnxruntime
+        options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        options.intra_op_num_threads = torch.get_num_threads()
+        content, on = model.SerializeToString(), ["CPUExecutionProvider"]
+        self.session = onnxruntime.InferenceSession(content, options, on)
+
+    def forward(self, x):
+        return torch.from_numpy(self.session.run(["logits"], {"images": x.contiguous().numpy()})[0])
+
+# ------------------------------
 # Commands: a folder each with log and checkpoints; stopped at any step and continued
 
 def describe(device):
@@ -1316,7 +1479,7 @@ def describe(device):
 class Job:
     """A command's device, data and network, checked before it writes; its folder; its loop."""
 
-    def __init__(self, cfg, result):
+    def __init__(self, cfg, result, network=True):
         cfg.arch = cfg.arch or "resnet20"
         self.cfg, self.result = cfg, result
         auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1331,6 +1494,8 @@ class Job:
         self.resolution = cfg.resolution or (64 if vision else self.val.size or 64)
         cost_resolution = cfg.cost_resolution or (224 if vision else self.resolution)
         self.train.size = self.val.size = min(self.val.size or self.resolution, self.resolution)
+        if not network:
+            return
         torch.manual_seed(cfg.seed)
         self.model = build(cfg.arch, len(self.classes)).to(self.device, memory_format=torch.channels_last)
         for resolution in (self.resolution, cost_resolution):
@@ -1395,6 +1560,7 @@ class Job:
 
     def save(self, name, model, policy=None, form="asga-model", **more):
         more.update(format=form, arch=self.cfg.arch, classes=self.classes, resolution=self.resolution)
+        more.update(data=(self.cfg.data, self.cfg.data_root, self.cfg.classes))
         more.update(state=model.state_dict(), policy=policy and policy.to_json())
         write_atomic(self.out / name, more)
 
@@ -1531,35 +1697,78 @@ def cmd_train(cfg):
     job.save("model.pt", job.model)
     job.finish({"full_precision": job.evaluate(job.model), "seconds": seconds})
 
-def cmd_eval(cfg):
-    """accuracy of a model.pt"""
-    state = read_checkpoint(cfg.model)
+def open_model(cfg):
+    """(Job, network, Policy or None) of a model.pt or .onnx; the data are its run's where cfg names none."""
+    exported = cfg.model.endswith(".onnx")
+    cfg.device = "cpu" if exported else cfg.device
+    model, state = read_onnx(cfg.model) if exported else (None, read_checkpoint(cfg.model))
     if state.get("format") != "asga-model":
-        raise AsgaError(f"{cfg.model} is no model.pt of train or transfer")
-    cfg.arch, cfg.resolution, cfg.cost_resolution = state["arch"], state["resolution"], state["resolution"]
-    cfg.weights, cfg.images, cfg.seed = "", 1.0, 0
-    job = Job(cfg, "")
+        raise AsgaError(f"{cfg.model} is no model.pt of train or transfer and no model.onnx of export")
+    if not cfg.data:
+        cfg.data, cfg.data_root, cfg.classes = state.get("data", ("", "", ""))
+    cfg.arch, cfg.weights, cfg.images, cfg.seed = state["arch"], "", 1.0, 0
+    cfg.resolution = cfg.cost_resolution = state["resolution"]
+    job = Job(cfg, "", network=not exported)
     if job.classes != state["classes"]:
         raise AsgaError(f"{cfg.model} is of other classes: give its --data and --classes")
-    net = job.model
+    policy = state["policy"] and Policy.from_json(state["policy"], cfg.model)
+    if exported:
+        return job, Runtime(model), policy
     try:
-        if state["policy"]:
-            net = attach_quantizers(net, Policy.from_json(state["policy"], cfg.model).layers)
+        net = attach_quantizers(job.model, policy.layers if policy else {})
         net.load_state_dict(state["state"])
     except (KeyError, RuntimeError) as error:
         raise AsgaError(f"{cfg.model} does not fit {cfg.arch}: {one_line(error)}") from None
+    return job, net, policy
+
+def cmd_eval(cfg):
+    """accuracy of a model.pt or a model.onnx"""
+    job, net, _ = open_model(cfg)
     print("accuracy  {accuracy:.2f} %, cross-entropy {loss:.4f}".format(**job.evaluate(net)))
+
+def cmd_export(cfg):
+    """write a model.pt as ONNX, with integers"""
+    job, net, policy = open_model(cfg)
+    model, rounded = to_onnx(net, torch.zeros(2, 3, job.resolution, job.resolution), cfg.format)
+    if read_bits(model) != (policy.layers if policy else {}):
+        raise AsgaError(f"{cfg.arch} cannot be exported: the graph has other bits than the policy")
+    about = dict(format="asga-model", arch=cfg.arch, classes=job.classes, resolution=job.resolution)
+    about["policy"] = policy and policy.to_json()
+    model.metadata_props.add(key="asga", value=json.dumps(about))
+    images, left = [], 1024
+    for part in (job.val, job.train):
+        index = torch.linspace(0, len(part) - 1, min(left, len(part))).long()
+        left -= len(index)
+        images += [x for x, _ in part.batches(index.split(64), "cpu")] if len(index) else []
+    images = [normalize(x, job.resolution) for x in images]
+    with evaluating(rounded):
+        expected = torch.cat([first_output(rounded(x)) for x in images])
+    for state in ("off", "on"):
+        runtime = Runtime(model, optimize=state == "on")
+        found = torch.cat([runtime(x) for x in images])
+        far = (found - expected).abs().amax(1) / expected.abs().max()  # [images]
+        agree = 100 * (found.argmax(1) == expected.argmax(1)).double().mean()
+        print(f"checked   {len(far)} images, optimization {state}: {agree:.2f} % of labels as in PyTorch;"
+              f" outputs differ by {far.max():.1e} of the largest; {(far > 1e-3).sum()} have other roundings")
+        if agree < 99:
+            raise AsgaError(f"{cfg.out} is not written: onnxruntime gives other labels than PyTorch")
+    write_atomic(cfg.out, model.SerializeToString())
+    for name, network in (("model.pt", net), ("with integer biases", rounded)):
+        print("accuracy  {accuracy:.2f} %, cross-entropy {loss:.4f}: ".format(**job.evaluate(network)) + name)
+    print(f"file      {cfg.out}, {human(model.ByteSize())}B")
 
 def parse(argv):
     """The flags of a command line, and `function`, its command."""
     top = argparse.ArgumentParser("python asga.py", argparse.SUPPRESS, "Quantization policies by ASGA.")
     commands = top.add_subparsers(prog=top.prog, required=True)
-    for function in (cmd_search, cmd_transfer, cmd_train, cmd_eval):
+    for function in (cmd_search, cmd_transfer, cmd_train, cmd_eval, cmd_export):
         sub = commands.add_parser(function.__name__[4:], usage=argparse.SUPPRESS, help=function.__doc__,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
         sub.set_defaults(function=function)
     commands.choices["transfer"].add_argument("policy", help="policy.json of a search")
-    commands.choices["eval"].add_argument("model", help="model.pt of train or transfer")
+    commands.choices["eval"].add_argument("model", help="model.pt of train or transfer, model.onnx of export")
+    commands.choices["export"].add_argument("model", help="model.pt of transfer")
+    commands.choices["export"].set_defaults(device="cpu", compile=False, capture=False)
     def bitwidths(text):
         return tuple(int(part) for part in text.split(","))
 
@@ -1572,9 +1781,10 @@ def parse(argv):
             commands.choices[user].add_argument(flag, default=default, help=help, **kind)
 
     fit = "search transfer train"
-    add(fit + " eval", "cifar10, digits, or a folder with train/CLASS/* and val/CLASS/*", data="")
-    add(fit + " eval", "folder of cifar10", data_root="data")
-    add(fit + " eval", "only these classes, like 0-4,7", classes="")
+    every = fit + " eval export"
+    add(every, "cifar10, digits, or a folder with train/CLASS/* and val/CLASS/*", data="")
+    add(every, "folder of cifar10", data_root="data")
+    add(every, "only these classes, like 0-4,7", classes="")
     add(fit + " eval", "cpu, cuda, cuda:1", device="auto")
     add(fit + " eval", "compile the quantizers", compile=True)
     add(fit + " eval", "on CUDA: record the steps in graphs", capture=True)
@@ -1589,6 +1799,8 @@ def parse(argv):
     add("transfer train", "bf16: under autocast", ["float32", "bf16"], precision="float32")
     add("transfer", "of the tuning", epochs=5, lr=0.01, weight_decay=1e-4)
     add("train", "of the training", epochs=20, lr=0.1)
+    add("export", "qcdq: for onnxruntime; qonnx: for FINN, hls4ml", ["qcdq", "qonnx"], format="qcdq")
+    add("export", "the file to write", out="model.onnx")
     add("search", BUDGET_HELP + "; a comma joins two", budget="3bit")
     add("search", "search from random weights", random_weights=False)
     for field in dataclasses.fields(SearchSettings):
@@ -1609,6 +1821,8 @@ def main(argv=None):
         return 0
     except AsgaError as error:
         say(f"error: {error}")
+    except ModuleNotFoundError as error:  # of a package that export alone needs
+        say(f"error: {error}: pip install onnx onnxruntime qonnx")
     except (OSError, torch.OutOfMemoryError) as error:  # a folder without permission, a full disk or GPU
         say(f"error: {one_line(error)}: make room, or give another path or --batch-size")
     except KeyboardInterrupt as stop:
