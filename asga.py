@@ -1413,12 +1413,22 @@ def to_onnx(net, example, form="qcdq"):
         net(example)
         for layer in list(passes.calls):
             passes.write(layer)
-        torch.onnx.export(net, (example,), buffer, dynamo=False, opset_version=17, input_names=names[:1],
-                          output_names=names[1:], dynamic_axes=dict.fromkeys(names, {0: "batch"}),
-                          custom_opsets={"qonnx.custom_op.general": 1} if passes.qonnx else {})
+        given = dict(dynamic_axes=dict.fromkeys(names, {0: "batch"}), input_names=names[:1],
+                     output_names=names[1:], opset_version=17, dynamo=False)
+        if passes.qonnx:
+            given["custom_opsets"] = {"qonnx.custom_op.general": 1}
+        try:
+            torch.onnx.export(net, (example,), buffer, **given)
+        except Exception as error:  # whatever it raises on an operation that it does not know
+            raise AsgaError(f"torch.onnx cannot export this network: {one_line(error)}") from error
     for q in quantizers_of(net):
         del q.forward
-    return onnx.load_from_string(buffer.getvalue()), net
+    model = onnx.load_from_string(buffer.getvalue())
+    for node in [node for node in model.graph.node if node.op_type == "Constant"]:  # qonnx reads initializers
+        node.attribute[0].t.name = node.output[0]
+        model.graph.initializer.append(node.attribute[0].t)
+        model.graph.node.remove(node)
+    return model, net
 
 def read_bits(model):
     """{layer: (w, a)} as an exported graph tells; AsgaError for weights beyond them."""
@@ -1427,9 +1437,7 @@ def read_bits(model):
     arrays = {t.name: read(t) for t in model.graph.initializer}
     for node in model.graph.node:  # of each product the input comes before the weight
         values = [arrays.get(name) for name in node.input]
-        if node.op_type == "Constant":
-            arrays[node.output[0]] = read(node.attribute[0].t)
-        elif node.op_type == "Quant" or node.op_type == "Clip" and values[1].dtype.itemsize == 1:
+        if node.op_type == "Quant" or node.op_type == "Clip" and values[1].dtype.itemsize == 1:
             n, p = (0, 2 ** int(values[3]) - 1) if node.op_type == "Quant" else map(int, values[1:])
             bits = (p - n).bit_length()
             if values[0] is None:

@@ -6,6 +6,7 @@ ASGA_DATA names a folder with cifar10/ and tinyimagenet50/ for the tests on real
 """
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
@@ -1453,6 +1454,184 @@ def test_what_a_folder_holds_decides_whether_a_run_may_use_it(finished, here, ca
     assert asga.main(SEARCH.split()) == 0
     assert contents(here / "s") == contents(finished / "s")
 
+# --------------------------------------------------------------------------------------------------- export
+
+def made_up(model):
+    """`model` with BatchNorms that have seen something; every third γ is negative."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in (m.weight, m.running_var):
+                t.data.uniform_(0.5, 2)
+            for t in (m.bias, m.running_mean):
+                t.data.uniform_(-1, 1)
+            m.weight.data[::3] *= -1
+    return model.eval()
+
+def mixed(model, x, most=6):
+    """Quantized to bits that differ from layer to layer, and these."""
+    names = list(asga.trace(model, x))
+    layers = {name: (2 + i % (most - 1), most - i % 3) for i, name in enumerate(names)}
+    return quantize(model, Policy(layers), x), list(layers.values())
+
+def products(model):
+    """[(bits w, bits a)] of an ONNX graph's products, read backwards from each; checks the integers."""
+    onnx = pytest.importorskip("onnx")
+    made = {out: node for node in model.graph.node for out in node.output}
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        pair = []
+        for name in node.input[1::-1] if node.op_type in ("Conv", "Gemm", "MatMul") else ():
+            while name in made and made[name].op_type in ("DequantizeLinear", "Transpose", "Identity"):
+                name = made[name].input[0]
+            clip = made.get(name)
+            if clip is None or clip.op_type != "Clip":
+                break
+            n, p = (int(arrays[end]) for end in clip.input[1:])
+            pair.append(math.log2(p - n + 1))
+            if clip.input[0] in arrays:
+                weight = clip.input[0]
+                assert arrays[weight].dtype == "int8" and n == -(p + 1)
+                assert n <= arrays[weight].min() and arrays[weight].max() <= p
+            else:
+                assert made[clip.input[0]].op_type == "QuantizeLinear"
+        if len(pair) == 2:
+            found[weight] = tuple(pair)
+    return list(found.values())
+
+def run_onnx(model, x, optimize=True):
+    ort = pytest.importorskip("onnxruntime")
+    options, level = ort.SessionOptions(), ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+def normalized(cin, cout, **more):
+    return nn.Sequential(nn.Conv2d(cin, cout, 3, **more), nn.BatchNorm2d(cout))
+
+class PreActivated(nn.Module):
+    """What the first convolution gives goes through a BatchNorm, and past it: they cannot become one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv, self.head = normalized(6, 6, padding=1), nn.Linear(6 * 64, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.flatten(x + self.conv(F.relu6(self.bn(x))), 1))
+
+class Mixer(nn.Module):
+    """Matrices on tensors of three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.mix, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head((x + F.gelu(self.mix(x))).mean(1))
+
+EXPORTED = {**NETWORKS, "preactivated": (PreActivated, (4, 3, 8, 8)), "mixer": (Mixer, (4, 3, 16, 16))}
+del EXPORTED["transformer"]  # which torch.onnx does not export
+if torchvision:
+    for arch in ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0"):
+        EXPORTED[arch] = functools.partial(asga.build, arch, 10), (4, 3, 64, 64)
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_export_has_the_policys_integers_and_gives_the_networks_outputs(name):
+    pytest.importorskip("onnx")
+    make, shape = EXPORTED[name]
+    x = torch.randn(shape)
+    model = made_up(make())
+    net, bits = mixed(model, x)
+    before = snapshot(net)
+    exported, rounded_net = asga.to_onnx(net, x[:2])
+    assert same(snapshot(net), before)
+    assert products(exported) == bits and list(asga.read_bits(exported).values()) == bits
+    for each in (x, x[:1]):  # other sizes of a batch than the traced one
+        expected = rounded_net(each)
+        outs = [run_onnx(exported, each, optimize) for optimize in (False, True)]
+        for out in outs:
+            torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+@pytest.mark.parametrize("gamma,low,stays", [(0.5, -7, False), (-0.5, -7, False), (-0.5, -8, True),
+                                             (1e-12, -7, True), (0.0, -7, True)])
+def test_a_batchnorm_goes_into_scales_and_bias_unless_integers_do_not_fit(gamma, low, stays):
+    onnx = pytest.importorskip("onnx")
+    model, x = made_up(normalized(2, 3, bias=False)), torch.rand(5, 2, 9, 9)
+    model[1].weight.data.copy_(torch.tensor([1.0, gamma, 2.0]))
+    net = quantize(model, 4, x, keep=None)
+    q, s_x = net[0].weight_quantizer, net[0].input_quantizer.steps.item()
+    weights = torch.randint(-7, 8, (3, 2, 3, 3))
+    weights[1, 0, 0] = torch.tensor([low, 7, 3])
+    net[0].weight.data.copy_(weights * q.steps)
+    exported, after = asga.to_onnx(net, x[:2])
+    kinds = [node.op_type for node in exported.graph.node]
+    assert ("BatchNormalization" in kinds) == stays
+    arrays = [torch.tensor(onnx.numpy_helper.to_array(t)) for t in exported.graph.initializer]
+    found = next(t for t in arrays if t.dim() == 4)
+    turned = weights if stays else weights * torch.tensor([1.0, gamma, 2.0]).sign().view(-1, 1, 1, 1)
+    assert found.dtype == torch.int8 and torch.equal(found.float(), turned.float())
+    whole = [t for t in arrays if t.dtype == torch.int32]
+    assert len(whole) == (not stays)
+    if not stays:
+        bn = after[1]
+        factor = bn.weight / (bn.running_var + bn.eps).sqrt()
+        unit = q.steps * factor.abs() * s_x
+        torch.testing.assert_close(whole[0] * unit, bn.bias - bn.running_mean * factor)
+        assert ((bn.bias - model[1].bias).abs() <= 0.501 * unit).all()
+    torch.testing.assert_close(run_onnx(exported, x), after(x), rtol=1e-4, atol=1e-4)
+
+def test_qonnx_is_executed_by_qonnx_and_costs_what_the_policy_says():
+    onnx_exec = pytest.importorskip("qonnx.core.onnx_exec")
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.infer_shapes import InferShapes
+    from qonnx.util.inference_cost import inference_cost
+    model, x = made_up(nn.Sequential(normalized(3, 6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.Flatten(),
+                                     nn.Linear(6 * 16, 4))), torch.randn(1, 3, 8, 8)
+    net, bits = mixed(model, x)
+    exported, after = asga.to_onnx(net, x.expand(2, -1, -1, -1), "qonnx")
+    assert same({key: after.state_dict()[key] for key in snapshot(net)}, snapshot(net))
+    assert list(asga.read_bits(exported).values()) == bits
+    exported.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    wrapped = ModelWrapper(exported).transform(InferShapes())
+    out = torch.from_numpy(onnx_exec.execute_onnx(wrapped, {"images": x.numpy()})["logits"])
+    torch.testing.assert_close(out, net(x), rtol=1e-4, atol=1e-4)
+    counted = inference_cost(wrapped, discount_sparsity=False)["total_cost"]["total_bops"]
+    sizes = asga.trace(model, x)
+    assert counted == sum(size.macs * w * a for size, (w, a) in zip(sizes.values(), bits))
+
+@pytest.mark.parametrize("form", ["qcdq", "qonnx"])
+def test_export_writes_a_file_that_eval_judges_like_the_checkpoint(form, finished, here, capsys):
+    pytest.importorskip("qonnx" if form == "qonnx" else "onnxruntime")
+    assert asga.main(f"export {finished}/t/model.pt --out t.onnx --format {form}".split()) == 0
+    out = capsys.readouterr().out
+    agreed = re.findall(r"checked +(\d+) images, optimization (?:on|off): ([\d.]+) %", out)
+    assert len(agreed) == 2 and all(int(n) >= 1000 or float(share) >= 99 for n, share in agreed), out
+    expected = re.search(r"accuracy +([\d.]+) %.*integer biases", out)[1]
+    assert asga.main("eval t.onnx --data digits --classes 0-3".split()) == 0
+    assert abs(float(re.search(r"([\d.]+) %", capsys.readouterr().out)[1]) - float(expected)) <= 1
+
+def test_what_cannot_be_exported_is_one_line_and_leaves_no_file(finished, here, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    line = f"export {finished}/t/model.pt --out t.onnx"
+    refused(capsys, "eval net.py.onnx --data digits", "net.py.onnx is no ONNX file")
+    real = asga.Runtime.forward
+    monkeypatch.setattr(asga.Runtime, "forward", lambda self, x: real(self, x).flip(1))
+    capsys.readouterr()
+    assert asga.main(line.split()) == 2 and "other labels than PyTorch" in capsys.readouterr().err
+    monkeypatch.setattr(asga.Runtime, "forward", real)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "onnx", None)
+        refused(capsys, line, "pip install onnx onnxruntime qonnx")
+    net = quantize(Small(10), 9, torch.randn(2, 3, 16, 16))
+    with pytest.raises(AsgaError, match="has 9 bits"):
+        asga.to_onnx(net, torch.randn(2, 3, 16, 16))
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: 1 / 0)
+    refused(capsys, line, "division by zero")
+    assert not Path("t.onnx").exists()
+
 # ------------------------------------------------------------------------------------- command line: errors
 
 class Evil:
@@ -1509,7 +1688,6 @@ ERRORS = [
     ("transfer none.json --data digits", "none.json"),
     ("transfer small.json --data digits --arch resnet20", "another network"),
     ("eval evil.pt --data digits", "evil.pt"),
-    ("eval tuned.pt", "--data"),
     ("eval tuned.pt --data digits --classes 1-4", "tuned.pt is of other classes"),
 ]
 
@@ -1566,6 +1744,7 @@ FLAGS_OF = {
     "transfer": FIRST + "--epochs --lr --weight-decay",
     "train": NETWORK + "--epochs --lr",
     "eval": SHARED,
+    "export": "--data --data-root --classes --format --out",
 }
 
 @pytest.mark.parametrize("name", FLAGS_OF)

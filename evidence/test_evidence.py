@@ -182,3 +182,40 @@ def test_eigenvalue_and_gap(monkeypatch):
         p.data += 0.05 / told["grad_norm"] * grad
     assert told["gap"][0.05] == pytest.approx((F.cross_entropy(net(x), y) - loss).item(), rel=1e-3)
     assert torch.tensor(list(told["moves"].values())).norm().item() == pytest.approx(0.05)
+
+def test_pictures_of_runs_are_drawn(tmp_path, monkeypatch):
+    plot = pytest.importorskip("plot")
+    keys = "loss", "perturbed_loss", "gap", "rho", "expected_cost"
+    for budget, method in ((3, "asga"), (4, "asga"), (3, "uniform")):
+        run = tmp_path / f"{method}{budget}"
+        run.mkdir()
+        sizes = {f"layer{i}": asga.LayerCost(1000 * i + 1, 10) for i in range(5)}
+        asga.Policy(dict.fromkeys(sizes, (budget, budget)), sizes).save(run / "policy.json")
+        asga.write_json(run / "config.json", {"settings": {"method": method}})
+        asga.write_json(run / "metrics.json", {"policy_bops": 10 ** 9 * budget, "policy": {"accuracy": 50}})
+        asga.write_atomic(run / "log.jsonl", json.dumps(dict.fromkeys(keys, 1.0)) + "\n")
+    assert plot.point(tmp_path / "asga4") == ("asga", 4 * 10 ** 9, 50)
+    runs = [str(run) for run in tmp_path.iterdir()]
+    monkeypatch.setattr("sys.argv", ["plot.py", *runs, "--out", str(tmp_path / "png")])
+    plot.main()
+    drawn = {path.name for path in (tmp_path / "png").iterdir() if path.stat().st_size > 5000}
+    assert drawn == {f"{name}-{kind}.png" for name in ("asga3", "asga4", "uniform3")
+                     for kind in ("bits", "search")} | {"pareto.png"}
+    sizes = {"a": asga.LayerCost(3, 1), "b": asga.LayerCost(1, 1)}
+    figure = plot.bits(asga.Policy({"a": (2, 4), "b": (3, 8)}, sizes))
+    upper, lower = figure.axes
+    assert [bar.get_height() for bar in upper.patches + lower.patches] == [2, 3, 50, 50]
+    assert list(upper.lines[0].get_ydata()) == [4, 8]
+
+def test_deployed_files_are_timed_and_their_integer_convolutions_counted():
+    deploy, ort = pytest.importorskip("deploy"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    x = torch.randn(2, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
+    net.eval()
+    counts = []
+    for each in (net, asga.quantize(net, 4, x)):
+        session, *count = deploy.convolutions(ort.SessionOptions(), asga.to_onnx(each, x)[0])
+        counts.append(count)
+        assert session.run(None, {"images": x.numpy()})[0].shape == (2, 64)
+    assert counts == [[0, 2], [1, 2]]  # what the last one gives is not quantized
