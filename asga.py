@@ -1381,11 +1381,11 @@ class Exporting(torch.overrides.TorchFunctionMode):
         bias = shift = None if self.qonnx else given.get("bias")
         if not self.qonnx:
             weight = (weight / q.steps).clamp(*grid).round().to(torch.int8)
-        alone = not others and not self.qonnx and [func for func, *_ in readers] == [F.batch_norm]
-        if alone and isinstance(layer, nn.Conv2d):
-            _, (_, mean, var), norm = readers[0]
-            norm = mean, var, norm["eps"], norm["weight"], norm["bias"]
-            ones = torch.ones(len(mean), 1, 1, 1, dtype=torch.float64)
+        alone = isinstance(layer, nn.Conv2d) and not others and [f for f, *_ in readers] == [F.batch_norm]
+        norm = readers[0][2] if alone and not self.qonnx else {}
+        if norm.get("bias") is not None and not norm["training"]:
+            norm = *readers[0][1][1:], norm["eps"], norm["weight"], norm["bias"]
+            ones = torch.ones(len(weight), 1, 1, 1, dtype=torch.float64)
             factor, moved = nn.utils.fuse_conv_bn_weights(ones, bias, *norm)
             turned, fine = weight * factor.sign(), s * factor.abs().flatten()
             if torch.equal(turned, turned.clamp(*grid)) and fits(moved / (fine * s_x)):
@@ -1408,7 +1408,8 @@ def to_onnx(net, example, form="qcdq"):
     bits at most. example: inputs [2, …]; other batch sizes fit too. form "qcdq": QuantizeLinear, Clip to the
     bits, DequantizeLinear; weights and biases are integers. "qonnx": nodes Quant, no bias is rounded."""
     import onnx
-    net, buffer, names = copy.deepcopy(net).eval().requires_grad_(False), io.BytesIO(), ("images", "logits")
+    net, buffer = copy.deepcopy(net).cpu().eval().requires_grad_(False), io.BytesIO()
+    names = "images", "logits"
     with torch.no_grad(), warnings.catch_warnings(action="ignore"), Exporting(net, form == "qonnx") as passes:
         net(example)
         for layer in list(passes.calls):
@@ -1743,12 +1744,8 @@ def cmd_export(cfg):
     about = dict(format="asga-model", arch=cfg.arch, classes=job.classes, resolution=job.resolution)
     about["policy"] = policy and policy.to_json()
     model.metadata_props.add(key="asga", value=json.dumps(about))
-    images, left = [], 1024
-    for part in (job.val, job.train):
-        index = torch.linspace(0, len(part) - 1, min(left, len(part))).long()
-        left -= len(index)
-        images += [x for x, _ in part.batches(index.split(64), "cpu")] if len(index) else []
-    images = [normalize(x, job.resolution) for x in images]
+    index = torch.linspace(0, len(job.train) - 1, min(1024, len(job.train))).long()
+    images = [normalize(x, job.resolution) for x, _ in job.train.batches(index.split(64), "cpu")]
     with evaluating(rounded):
         expected = torch.cat([first_output(rounded(x)) for x in images])
     for state in ("off", "on"):

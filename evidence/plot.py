@@ -2,14 +2,16 @@
 
     python evidence/plot.py RUN… [--out DIR]
 
-RUN is a folder of search or transfer, or a policy.json. Of each policy: bits of weights and activations per
-layer, and each layer's share of the BOPs (NAME-bits.png). Of each search: loss, perturbed loss, gap, radius
-and expected cost over its steps (NAME-search.png). Of several runs: accuracy over BOPs, methods apart
-(pareto.png); transfers count with their tuned accuracy, searches with that of the policy on the proxy."""
+RUN is a folder of search or transfer, a policy.json, or runs.jsonl:NETWORK of reproduce.py. Of each policy:
+bits of weights and activations per layer, and each layer's share of the BOPs (NAME-bits.png). Of a search:
+loss, perturbed loss, gap, radius, expected cost over its steps (NAME-search.png). Of several runs: accuracy
+over BOPs, methods apart (pareto.png); of transfers the tuned one, of searches the policy's on the proxy."""
 import argparse
 import collections
+import itertools
 import json
 import math
+import statistics
 from pathlib import Path
 
 import common
@@ -60,43 +62,61 @@ def pareto(points):
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     for method, found in sorted(points.items()):
-        mean = collections.defaultdict(list)
-        for bops, accuracy in found:
-            mean[round(bops / 1e9, 4)].append(accuracy)
-        line = sorted((bops, sum(values) / len(values)) for bops, values in mean.items())
-        drawn, = axes.plot(*zip(*line), "-", linewidth=1, label=method)
-        bops, accuracy = zip(*found)
-        axes.plot([b / 1e9 for b in bops], accuracy, "o", markersize=4, color=drawn.get_color())
+        groups = []
+        for bops, accuracy in sorted(found):
+            if not groups or bops > 1.03e9 * groups[-1][0][0]:  # of another budget
+                groups.append([])
+            groups[-1].append((bops / 1e9, accuracy))
+        means = [[statistics.mean(column) for column in zip(*group)] for group in groups]
+        drawn, = axes.plot(*zip(*means), "-", linewidth=1, label=method)
+        axes.plot(*zip(*itertools.chain(*groups)), "o", markersize=3, alpha=0.6, color=drawn.get_color())
     axes.set(xlabel="G BOPs", ylabel="accuracy, %")
     axes.legend(frameon=False)
     return figure
 
 def point(run):
     """(method, BOPs, accuracy) of a finished run's folder."""
-    metrics, settings = (asga.read_json(run / name) for name in ("metrics.json", "config.json"))
-    settings = settings["settings"]
+    metrics, settings = asga.read_json(run / "metrics.json"), asga.read_json(run / "config.json")["settings"]
     method = settings.get("method")
-    if not method:
-        method = asga.Policy.load(settings["policy"]).info.get("search", {}).get("method", "?")
+    if not method:  # a transfer
+        method = asga.read_checkpoint(run / "model.pt")["policy"]["search"].get("method", "?")
     return method, metrics["policy_bops"], (metrics.get("tuned") or metrics["policy"])["accuracy"]
+
+def recorded(file, network):
+    """[(method, BOPs, accuracy)] of the transfers from proxy to target in a runs.jsonl."""
+    records = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    found = []
+    for record in records:
+        cell = record["cell"] or {}
+        way = [cell.get(key) for key in ("net", "proxy", "target", "share")]
+        if way == [network, "proxy", "target", "1.0"]:
+            metrics = record["metrics"]
+            found.append((cell["method"], metrics["policy_bops"], metrics["tuned"]["accuracy"]))
+    return found
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", nargs="+", type=Path)
+    parser.add_argument("--methods", default="", help="in pareto.png only these, like asga,uniform")
     parser.add_argument("--out", type=Path, default=Path("."))
     cfg = parser.parse_args()
     cfg.out.mkdir(parents=True, exist_ok=True)
     points, figures = collections.defaultdict(list), {}
     for run in cfg.run:
-        file = run / "policy.json" if run.is_dir() else run
+        if ".jsonl:" in str(run):
+            for method, *place in recorded(*str(run).split(":")):
+                points[method].append(place)
+            continue
+        file, name = (run / "policy.json", run.name) if run.is_dir() else (run, run.stem)
         if file.exists():
-            figures[f"{run.stem}-bits.png"] = bits(asga.Policy.load(file))
+            figures[f"{name}-bits.png"] = bits(asga.Policy.load(file))
             lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
             if lines:
-                figures[f"{run.stem}-search.png"] = search([json.loads(line) for line in lines])
+                figures[f"{name}-search.png"] = search([json.loads(line) for line in lines])
         if (run / "metrics.json").exists():
             method, *place = point(run)
             points[method].append(place)
+    points = {key: own for key, own in points.items() if key in cfg.methods.split(",") or not cfg.methods}
     if sum(map(len, points.values())) > 1:
         figures["pareto.png"] = pareto(points)
     if not figures:
