@@ -624,6 +624,12 @@ def backward(net, x, y, loss_fn, precision):
             logits = first_output(net(*as_args(x)))
         loss = loss_fn(logits.float() if precision == "bf16" else logits, y)
         loss.backward()
+    size = rank_and_size()[1]
+    if size > 1:
+        inputs = [layer.input_quantizer.steps.grad for layer in quantized_layers(net).values()]
+        for grad in filter(torch.is_tensor, inputs):
+            grad.mul_(size ** -0.5)  # LSQ's scale has seen the numel of a slice alone
+        average([loss, *(p.grad for p in net.parameters() if p.grad is not None)])
     return loss
 
 def update(net, optimizer, guard, play, x, y, loss_fn, precision):
@@ -799,6 +805,8 @@ def check_bits(bits, where=""):
 
 def write_atomic(path, content):
     """Text, bytes, or what torch.save takes, first beside `path`: a reader never sees half a file."""
+    if rank_and_size()[0]:
+        return  # the first process alone writes
     part, buffer = Path(f"{path}.part"), io.BytesIO()
     if isinstance(content, (str, bytes)):
         buffer.write(content.encode() if isinstance(content, str) else content)
@@ -936,6 +944,23 @@ def prepared(model):
     finally:
         for q in quantizers_of(model):
             q.row = None
+
+def rank_and_size():
+    """This process's number and how many torchrun started; (0, 1) without it."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+
+def average(tensors):
+    """Give each tensor its mean over all processes, in one all_reduce."""
+    size, tensors = rank_and_size()[1], [t.detach() for t in tensors]
+    if size > 1 and tensors:
+        flat = torch.cat([t.flatten() for t in tensors]) / size
+        try:
+            torch.distributed.all_reduce(flat)
+        except RuntimeError:
+            raise AsgaError("another process has ended: its message says why") from None
+        pieces = flat.split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [piece.view_as(t) for piece, t in zip(pieces, tensors)])
 
 class Captured:
     """Runs the pieces of a step: three times plainly, then as CUDA graphs, recorded once and replayed; always
@@ -1140,7 +1165,7 @@ class ImageSet:
 
     def batches(self, indices, device):
         """(uint8 [B, 3, S, S], labels [B]) on the device, for each index tensor [B] of `indices`."""
-        workers = 0 if torch.is_tensor(self.images) else os.cpu_count()
+        workers = 0 if torch.is_tensor(self.images) else max(1, os.cpu_count() // rank_and_size()[1])
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=map(torch.Tensor.tolist, indices), collate_fn=tuple, num_workers=workers,
             worker_init_fn=functools.partial(on_signals, signal.SIG_IGN), generator=torch.Generator())
@@ -1149,21 +1174,24 @@ class ImageSet:
                 raise images
             yield images.to(device), labels.to(device)
 
-    def stream(self, start, batch_size, device, resolution, seed, style):
-        """Endless (x, y) batches from step `start`; k's depends on seed and k. style: flip, crop or none."""
+    def stream(self, start, batch_size, device, resolution, seed, style, part=0, parts=1):
+        """Endless (x, y) batches from step `start`; k's depends on seed and k, and of each only one part of
+        `parts` is decoded. style: flip, crop or none."""
         self.load(device)
-        size, seed = min(batch_size, len(self)), seed * 1_000_003
-        count = len(self) // size
+        size, seed = min(batch_size, len(self) // parts * parts), seed * 1_000_003
+        count, mine = len(self) // size, slice(part * size // parts, (part + 1) * size // parts)
 
         def indices():
             for epoch in itertools.count(start // count):
                 order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed + epoch))
-                yield from order.split(size)[:count]
+                for batch in order.split(size)[:count]:
+                    yield batch[mine]
 
         batches = self.batches(itertools.islice(indices(), start % count, None), device)
         for step, (images, y) in enumerate(batches, start):
             if style != "none":
-                images = augment(images, style == "flip", torch.Generator().manual_seed(seed + step))
+                draws = torch.Generator().manual_seed(seed + step)
+                images = augment(images, style == "flip", draws, size, mine)
             yield normalize(images, resolution), y
 
 @functools.cache
@@ -1180,12 +1208,13 @@ def normalize(images, resolution):
         x = F.interpolate(x, size=resolution, mode="bilinear", align_corners=False)
     return x.contiguous(memory_format=torch.channels_last)
 
-def augment(images, flip, generator):
-    """uint8 [B, 3, S, S]: random crops, padded by an eighth; `flip`: half of them mirrored."""
+def augment(images, flip, generator, size, mine):
+    """uint8 [B, 3, S, S], those of the slice `mine` of a batch of `size`: random crops, padded by an eighth;
+    `flip`: half of them mirrored."""
     b, _, s, _ = images.shape
     pad, side, device = s // 8, torch.arange(s), images.device
-    top, left = torch.randint(2 * pad + 1, (2, b, 1), generator=generator)
-    mirror = torch.randint(2, (b, 1), generator=generator).bool() & flip
+    top, left = torch.randint(2 * pad + 1, (2, size, 1), generator=generator)[:, mine]
+    mirror = torch.randint(2, (size, 1), generator=generator)[mine].bool() & flip
     rows, columns = side + top, torch.where(mirror, side.flip(0), side) + left  # [B, S]
     rows, columns = rows[:, :, None].to(device), columns[:, None].to(device)
     padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)
@@ -1247,8 +1276,10 @@ def load_data(name, root, spec=""):
 # Runs: messages, progress, evaluation
 
 def say(line):
-    """A line to the person at the terminal: stdout is for results."""
-    print(f"asga: {line}", file=sys.stderr, flush=True)
+    """A line to the person at the terminal: stdout is for results. Of several processes all tell errors."""
+    rank = rank_and_size()[0]
+    if not rank or line.startswith("error: "):
+        print(f"asga: {f'process {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)
 
 def one_line(error):
     """The first line of an error's message, or its kind."""
@@ -1261,6 +1292,9 @@ def human(value):
 
 def progress(things, what, total, first=0, latest=None):
     """Hand on `things`, numbers first … total − 1, with a line on the time left and the loss in `latest`."""
+    if rank_and_size()[0]:
+        yield from things
+        return
     start, live = time.monotonic(), sys.stderr.isatty()
     last = start
     for done, thing in enumerate(things, first + 1):
@@ -1292,7 +1326,8 @@ def as_args(inputs):
 def evaluate(model, part, resolution, device, batch_size=64, capture=True):
     """{"accuracy": percent, "loss": cross-entropy} over an ImageSet."""
     part.load(device)
-    blocks = torch.arange(len(part)).split(batch_size)
+    rank, size = rank_and_size()
+    blocks = torch.arange(len(part)).split(batch_size)[rank::size]
     total = torch.zeros(2, dtype=torch.float64, device=device)
     def count(images, y):
         logits = first_output(model(normalize(images, resolution)))
@@ -1303,7 +1338,8 @@ def evaluate(model, part, resolution, device, batch_size=64, capture=True):
         play = Captured(device, capture)
         for batch in progress(part.batches(blocks, device), "evaluating, batch", len(blocks)):
             play("batch", count, *play.inputs(*batch))
-    right, loss = total.tolist()
+    average([total])
+    right, loss = (size * total).tolist()
     return {"accuracy": 100 * right / len(part), "loss": loss / len(part)}
 
 # ------------------------------
@@ -1490,13 +1526,18 @@ class Job:
 
     def __init__(self, cfg, result, network=True):
         cfg.arch = cfg.arch or "resnet20"
-        self.cfg, self.result = cfg, result
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.cfg, self.result, (self.rank, self.processes) = cfg, result, rank_and_size()
+        auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         name = auto if cfg.device == "auto" else cfg.device
         try:
             self.device = torch.zeros(1, device=name, dtype=torch.float64).device
         except (RuntimeError, AssertionError) as error:
             raise AsgaError(f"--device {name} does not work ({one_line(error)}): use cpu") from None
+        if getattr(cfg, "batch_size", 0) % self.processes:
+            raise AsgaError(f"--batch-size {cfg.batch_size} is that of all {self.processes}: give a multiple")
+        if self.processes > 1 and self.device.type == "cuda" and cfg.capture:
+            cfg.capture = False
+            say("steps of several processes are not recorded")
         Fused.on, vision = cfg.compile, ":" not in cfg.arch and cfg.arch != "resnet20"
         self.classes, train, self.val = load_data(cfg.data, cfg.data_root, cfg.classes)
         self.train = train.subset(stratified(train.labels, cfg.images))
@@ -1519,7 +1560,8 @@ class Job:
         settings = {k: v for k, v in vars(cfg).items() if k not in ("function", "out", "capture")}
         self.settings = json.loads(json.dumps(settings))
         self.out, config = Path(cfg.out), Path(cfg.out) / "config.json"
-        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.rank:
+            self.out.mkdir(parents=True, exist_ok=True)
         if (self.out / self.result).exists():  # the last thing that is written
             raise AsgaError(f"--out {cfg.out} holds a finished {self.result}: give another, or delete it")
         old = read_json(config)["settings"] if config.exists() else self.settings
@@ -1528,15 +1570,17 @@ class Job:
                 raise AsgaError(f"--out {cfg.out} holds a run with {key} {old.get(key)!r}: give another")
         write_json(config, {"settings": self.settings, "versions": VERSIONS})
 
-    def stream(self, start):
+    def stream(self, start, *part):
+        """From step `start` this process's slices of the batches, or another part (number, of how many)."""
         cfg, auto = self.cfg, "crop" if self.cfg.data == "digits" else "flip"
-        style = auto if cfg.augment == "auto" else cfg.augment
-        return self.train.stream(start, cfg.batch_size, self.device, self.resolution, cfg.seed, style)
+        style, part = auto if cfg.augment == "auto" else cfg.augment, part or (self.rank, self.processes)
+        return self.train.stream(start, cfg.batch_size, self.device, self.resolution, cfg.seed, style, *part)
 
     def inputs(self, count):
-        return (x for x, _ in itertools.islice(self.stream(0), count))
+        return (x for x, _ in itertools.islice(self.stream(0, 0, 1), count))
 
     def evaluate(self, net, new_statistics=False):
+        average(b for b in net.buffers() if b.is_floating_point())  # BatchNorm's: each process saw its slices
         if new_statistics:  # of BatchNorm, which rounding shifts (our choice)
             torch.optim.swa_utils.update_bn(self.inputs(16), net)
         return evaluate(net, self.val, self.resolution, self.device, capture=self.cfg.capture)
@@ -1578,6 +1622,9 @@ class Job:
         checkpoint = self.out / f"{phase}.ckpt"
         log = self.out / ("weights.jsonl" if phase == "weights" else "log.jsonl")
         start, before = self.restore(checkpoint, objects)
+        if self.processes > 1 and start < total:
+            torch.manual_seed(1_000_003 * self.cfg.seed + self.processes * start + self.rank)  # dropout's
+            average(next(iter(objects.values())).parameters())  # of the network, should a GPU have rounded
         lines = log.read_text().splitlines(True)[:start] if log.exists() else []
         records, latest, saved = [], {}, time.monotonic()
         began, self.stopping = saved - before, False
@@ -1588,6 +1635,9 @@ class Job:
                 record, now = step(x, y, done), time.monotonic()
                 records.append({"step": done, **record, "time": round(now - began, 3)})
                 latest.update(record)
+                stopping = torch.tensor(float(self.stopping))
+                average([stopping])  # on a CPU: a signal reaches processes at different steps
+                self.stopping = bool(stopping)
                 if self.stopping or done + 1 == total or now - saved > 60:
                     lines += self.lines(records)
                     write_atomic(log, "".join(lines))  # first: no checkpoint is ahead of its log
@@ -1604,8 +1654,9 @@ class Job:
 
     def stop(self, signum, frame):
         self.stopping = True
-        say("stopping after this step (again: at once)")
-        on_signals(signal.default_int_handler)
+        if self.processes == 1:
+            say("stopping after this step (again: at once)")
+            on_signals(signal.default_int_handler)
 
     def lines(self, records):
         """The log's lines, read from the device in one block; AsgaError where a loss is not finite."""
@@ -1634,7 +1685,7 @@ class Job:
         if policy:
             policy.save(self.out / "policy.json")  # last: a run that has it is finished
         for checkpoint in self.out.glob("*.ckpt"):
-            checkpoint.unlink()
+            checkpoint.unlink(missing_ok=True)
         for name, values in metrics.items():
             if isinstance(values, dict):
                 print(f"accuracy  {values['accuracy']:.2f} %, cross-entropy {values['loss']:.4f}: {name}")
@@ -1822,7 +1873,14 @@ def main(argv=None):
     """Run a command line; the exit code."""
     cfg = parse(argv)
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+            torch.distributed.init_process_group()  # gloo on CPUs, NCCL on GPUs
+            if rank_and_size()[0]:
+                sys.stdout = open(os.devnull, "w")
         cfg.function(cfg)
+        if rank_and_size()[1] > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
         return 0
     except AsgaError as error:
         say(f"error: {error}")

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.error import URLError
 
@@ -1255,7 +1256,8 @@ def test_augmentation_gives_all_crops_and_mirror_images_only_where_they_may():
     straight = {bytes(crop.flatten().tolist()) for crop in crops}
     mirrored = {bytes(crop.flip(2).flatten().tolist()) for crop in crops}
     for flip, expected in ((False, straight), (True, straight | mirrored)):
-        out = asga.augment(image.expand(1500, 3, 16, 16), flip, torch.Generator().manual_seed(0))
+        out = asga.augment(image.expand(1500, 3, 16, 16), flip, torch.Generator().manual_seed(0),
+                           1500, slice(None))
         assert {bytes(one.flatten().tolist()) for one in out[:, 0]} == expected
         assert torch.equal(out[:, 0], out[:, 1]) and torch.equal(out[:, 0], out[:, 2])
 
@@ -1631,6 +1633,99 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_no_file(finished, here, 
     monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: 1 / 0)
     refused(capsys, line, "division by zero")
     assert not Path("t.onnx").exists()
+
+# ---------------------------------------------------------------------------------------- several processes
+
+TWO = """
+import os
+import torch
+from torch import nn
+
+class Failing(nn.Linear):
+    passes = 0
+
+    def forward(self, x):
+        Failing.passes += self.training
+        if Failing.passes > 3 and os.environ.get("RANK") == "1":
+            raise torch.OutOfMemoryError("no memory on this one")
+        return super().forward(x)
+
+def plain(num_classes, last=nn.Linear, norm=nn.Identity):
+    features = nn.Conv2d(3, 8, 3, 2), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last(8, num_classes))
+
+def normalized(num_classes):
+    return plain(num_classes, norm=nn.BatchNorm2d)
+
+def failing(num_classes):
+    return plain(num_classes, last=Failing)
+"""
+
+distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+
+def torchrun(line, processes=2):
+    """A started command in so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, str(HERE / "asga.py"), *line.split()], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+def losses(folder, name="log.jsonl"):
+    return [json.loads(line)["loss"] for line in Path(folder, name).read_text().splitlines()]
+
+@pytest.fixture
+def two(here):
+    Path("two.py").write_text(TWO)
+
+FEW = " --data digits --classes 0-4 --batch-size 48 --fp-epochs 1 --no-compile --device cpu --arch two.py:"
+
+@distributed
+def test_two_processes_are_one_at_the_same_batch(two, capsys):
+    lines = {"asga": "search --steps 10", "joint": "search --steps 10 --method joint --weights asga/weights.pt",
+             "transfer": "transfer asga/policy.json --weights asga/weights.pt --epochs 1"}
+    for name, line in lines.items():
+        assert asga.main((line + FEW + f"plain --out {name}").split()) == 0
+        out, err = (done := torchrun(line + FEW + f"plain --out {name}2")).communicate(timeout=100)
+        assert done.returncode == 0, err
+        assert len(re.findall("^folder ", out, re.MULTILINE)) == 1  # one process tells
+        assert losses(name)[:10] == pytest.approx(losses(name + "2")[:10], abs=1e-5)
+        files = [torch.load(Path(folder, "model.pt" if name == "transfer" else "supernet.pt"))["state"]
+                 for folder in (name, name + "2")]
+        for key, value in files[0].items():
+            torch.testing.assert_close(value, files[1][key], rtol=0, atol=1e-5)
+        if name != "transfer":
+            one, other = (Policy.load(f"{folder}/policy.json").layers for folder in (name, name + "2"))
+            assert one == other
+        metrics = [asga.read_json(f"{folder}/metrics.json")["full_precision"] for folder in (name, name + "2")]
+        assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)  # 181 images, of which one has more
+    done = torchrun(f"eval transfer/model.pt {FEW.split('--batch')[0]} --device cpu", 3)
+    assert "%.2f %%" % asga.read_json("transfer/metrics.json")["tuned"]["accuracy"] in done.communicate()[0]
+
+@distributed
+def test_two_processes_stop_together_go_on_as_one_and_end_together(two, capsys):
+    line = "train --epochs 300" + FEW.replace("--fp-epochs 1 ", "") + "normalized --out t"
+    run = torchrun(line)
+    while not Path("t/config.json").exists() and run.poll() is None:
+        time.sleep(0.1)
+    time.sleep(2)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    step = int(re.search(r"after step (\d+) of", err)[1])
+    assert torch.load("t/train.ckpt")["step"] == step == len(losses("t"))
+    capsys.readouterr()
+    assert asga.main((line + " --epochs 301").split()) == 2 and "epochs 300" in capsys.readouterr().err
+    left = json.loads(Path("t/config.json").read_text())
+    left["settings"]["epochs"] = 1 + step // 18
+    Path("t/config.json").write_text(json.dumps(left))
+    assert asga.main((line + f" --epochs {1 + step // 18}").split()) == 0
+    assert f"going on with train at step {step}" in capsys.readouterr().err
+    began = time.monotonic()
+    run = torchrun("train --epochs 3" + FEW.replace("--fp-epochs 1 ", "") + "failing --out f")
+    _, err = run.communicate(timeout=60)
+    assert run.returncode and time.monotonic() - began < 40
+    assert "asga: process 1: error: no memory on this one" in err and "asga: error: another process" in err
+    run = torchrun("train" + FEW.replace("48 --fp-epochs 1", "49") + "plain --out g")
+    assert "--batch-size 49" in run.communicate(timeout=60)[1] and run.returncode and not Path("g").exists()
 
 # ------------------------------------------------------------------------------------- command line: errors
 
