@@ -1132,21 +1132,28 @@ class ImageSet:
 
     def __init__(self, images, labels, size):
         self.images, self.labels, self.size = images, torch.as_tensor(labels), size
+        self.share = 1.0  # of the shorter side, that a square from the middle takes
 
     def __len__(self):
         return len(self.labels)
 
     def __getitems__(self, index):
-        """(uint8 [B, 3, S, S], labels [B]), or the AsgaError of an image: a worker that raises would hang."""
+        """(uint8 [B, 3, S, S], labels [B]), or the AsgaError of an image: a worker that raises would hang.
+        index: ints; or pairs with a seed, that draws a random crop, resized, and whether it is mirrored."""
         if torch.is_tensor(self.images):
             return self.images[index], self.labels[index]
-        vision = import_torchvision().transforms.functional
-        try:
-            images = [vision.resize(self.images[i][0], self.size) for i in index]
-        except AsgaError as error:
-            return error, None
-        images = [vision.pil_to_tensor(vision.center_crop(image, self.size)) for image in images]
-        return torch.stack(images), self.labels[index]
+        vision, images = import_torchvision().transforms, []
+        middle = vision.Compose([vision.Resize(round(self.size / self.share)), vision.CenterCrop(self.size)])
+        random = vision.Compose([vision.RandomResizedCrop(self.size), vision.RandomHorizontalFlip()])
+        drawn = isinstance(index[0], list)
+        for i, *seed in index if drawn else zip(index):
+            torch.manual_seed(*seed or [0])
+            try:
+                image = self.images[i][0]
+            except AsgaError as error:
+                return error, None
+            images.append(vision.functional.pil_to_tensor(random(image) if drawn else middle(image)))
+        return torch.stack(images), self.labels[[i for i, _ in index] if drawn else index]
 
     def subset(self, mask):
         """The images where the boolean mask [N] is true."""
@@ -1176,20 +1183,22 @@ class ImageSet:
 
     def stream(self, start, batch_size, device, resolution, seed, style, part=0, parts=1):
         """Endless (x, y) batches from step `start`; k's depends on seed and k, and of each only one part of
-        `parts` is decoded. style: flip, crop or none."""
-        self.load(device)
+        `parts` is decoded. style: flip, crop, imagenet (by the workers, anew in every epoch) or none."""
+        if style != "imagenet":
+            self.load(device)
         size, seed = min(batch_size, len(self) // parts * parts), seed * 1_000_003
         count, mine = len(self) // size, slice(part * size // parts, (part + 1) * size // parts)
 
         def indices():
             for epoch in itertools.count(start // count):
                 order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed + epoch))
-                for batch in order.split(size)[:count]:
-                    yield batch[mine]
+                for number, batch in enumerate(order.split(size)[:count]):
+                    seeds = torch.arange(size) + size * (seed + epoch * count + number)
+                    yield (torch.stack([batch, seeds], 1) if style == "imagenet" else batch)[mine]
 
         batches = self.batches(itertools.islice(indices(), start % count, None), device)
         for step, (images, y) in enumerate(batches, start):
-            if style != "none":
+            if style in ("flip", "crop"):
                 draws = torch.Generator().manual_seed(seed + step)
                 images = augment(images, style == "flip", draws, size, mine)
             yield normalize(images, resolution), y
@@ -1251,8 +1260,7 @@ def through_torchvision(name, root):
         raise AsgaError(f"--data {name!r}: {one_line(error)}; give cifar10, digits or a folder") from None
     for odd in set(train.classes) ^ set(val.classes):
         raise AsgaError(f"--data {name}: class {odd!r} is in only one of train/ and val/")
-    width, height = train[0][0].size
-    size = width if width == height else None
+    size = min(train[0][0].size)
     return train.classes, ImageSet(train, train.targets, size), ImageSet(val, val.targets, size)
 
 def load_data(name, root, spec=""):
@@ -1541,9 +1549,14 @@ class Job:
         Fused.on, vision = cfg.compile, ":" not in cfg.arch and cfg.arch != "resnet20"
         self.classes, train, self.val = load_data(cfg.data, cfg.data_root, cfg.classes)
         self.train = train.subset(stratified(train.labels, cfg.images))
-        self.resolution = cfg.resolution or (64 if vision else self.val.size or 64)
+        self.resolution = cfg.resolution or (64 if vision else min(self.val.size, 224))
         cost_resolution = cfg.cost_resolution or (224 if vision else self.resolution)
-        self.train.size = self.val.size = min(self.val.size or self.resolution, self.resolution)
+        auto = "crop" if cfg.data == "digits" else "imagenet" if self.val.size > self.resolution else "flip"
+        self.style = auto if cfg.augment == "auto" else cfg.augment
+        if self.style == "imagenet" and cfg.data == "digits":
+            raise AsgaError("--augment imagenet is for pictures in files: digits take crop")
+        self.train.size = self.val.size = min(self.val.size, self.resolution)
+        self.train.share = self.val.share = 0.875 if self.style == "imagenet" else 1.0
         if not network:
             return
         torch.manual_seed(cfg.seed)
@@ -1572,9 +1585,9 @@ class Job:
 
     def stream(self, start, *part):
         """From step `start` this process's slices of the batches, or another part (number, of how many)."""
-        cfg, auto = self.cfg, "crop" if self.cfg.data == "digits" else "flip"
-        style, part = auto if cfg.augment == "auto" else cfg.augment, part or (self.rank, self.processes)
-        return self.train.stream(start, cfg.batch_size, self.device, self.resolution, cfg.seed, style, *part)
+        cfg, part = self.cfg, part or (self.rank, self.processes)
+        how = cfg.batch_size, self.device, self.resolution, cfg.seed, self.style
+        return self.train.stream(start, *how, *part)
 
     def inputs(self, count):
         return (x for x, _ in itertools.islice(self.stream(0, 0, 1), count))
@@ -1585,9 +1598,10 @@ class Job:
             torch.optim.swa_utils.update_bn(self.inputs(16), net)
         return evaluate(net, self.val, self.resolution, self.device, capture=self.cfg.capture)
 
-    def tune(self, model, phase, epochs, lr, weight_decay, warmup=0.0):
+    def tune(self, model, phase, epochs, lr, weight_decay, warmup=0.0, policy=None):
         """Train by SGD; the seconds it took."""
-        total = epochs * max(1, len(self.train) // self.cfg.batch_size)
+        epoch = max(1, len(self.train) // self.cfg.batch_size)
+        total, every = epochs * epoch, 0 if phase == "weights" else epoch * self.cfg.eval_every
         groups = parameter_groups(model, lr, weight_decay)
         plain = dict(METHODS["joint"], momentum=0.9, nesterov=True, fused=self.device.type == "cuda")
         optimizer = ASGA(groups, torch.optim.SGD, **plain)
@@ -1595,9 +1609,22 @@ class Job:
         def step(x, y, done):
             cosine(optimizer, done, total, warmup)
             update(model, optimizer, guard, play, x, y, F.cross_entropy, self.cfg.precision)
-            return {"loss": optimizer.last["loss"].clone()}
+            loss = optimizer.last["loss"].clone()
+            if every and (done + 1) % every == 0:
+                self.judge(model, (done + 1) // epoch, policy)
+            return {"loss": loss}
 
         return self.loop(phase, total, self.stream, step, {"model": model, "optimizer": optimizer})
+
+    def judge(self, model, epoch, policy):
+        """The accuracy after an epoch, a line of epochs.jsonl; best.pt is the network of the best one."""
+        path, now = self.out / "epochs.jsonl", {"epoch": epoch, **self.evaluate(model)}
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [line for line in lines if line["epoch"] < epoch]  # a stopped run may have come further
+        if all(line["accuracy"] < now["accuracy"] for line in lines):
+            self.save("best.pt", model, policy)
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*lines, now]))
+        say(f"epoch {epoch}: accuracy {now['accuracy']:.2f} %, cross-entropy {now['loss']:.4f}")
 
     def full_precision(self):
         """Train the network where --weights does not fit; the seconds it took."""
@@ -1613,7 +1640,7 @@ class Job:
 
     def save(self, name, model, policy=None, form="asga-model", **more):
         more.update(format=form, arch=self.cfg.arch, classes=self.classes, resolution=self.resolution)
-        more.update(data=(self.cfg.data, self.cfg.data_root, self.cfg.classes))
+        more.update(data=(self.cfg.data, self.cfg.data_root, self.cfg.classes), augment=self.style)
         more.update(state=model.state_dict(), policy=policy and policy.to_json())
         write_atomic(self.out / name, more)
 
@@ -1743,7 +1770,8 @@ def cmd_transfer(cfg):
     quantized_layers(net)[next(iter(policy.layers))].input_quantizer.steps.requires_grad_(False)
     metrics["full_precision"] = job.evaluate(job.model)
     metrics["quantized"] = job.evaluate(net, new_statistics=True)
-    seconds = time.monotonic() - began + job.tune(net, "transfer", cfg.epochs, cfg.lr, cfg.weight_decay)
+    seconds = time.monotonic() - began
+    seconds += job.tune(net, "transfer", cfg.epochs, cfg.lr, cfg.weight_decay, policy=policy)
     metrics.update(tuned=job.evaluate(net), seconds=round(seconds, 3))
     job.save("model.pt", net, policy)
     job.finish(metrics)
@@ -1767,6 +1795,7 @@ def open_model(cfg):
     if not cfg.data:
         cfg.data, cfg.data_root, cfg.classes = state.get("data", ("", "", ""))
     cfg.arch, cfg.weights, cfg.images, cfg.seed = state["arch"], "", 1.0, 0
+    cfg.augment = state.get("augment", "auto") if cfg.data != "digits" else "auto"
     cfg.resolution = cfg.cost_resolution = state["resolution"]
     job = Job(cfg, "", network=not exported)
     if job.classes != state["classes"]:
@@ -1793,7 +1822,7 @@ def cmd_export(cfg):
     if read_bits(model) != (policy.layers if policy else {}):
         raise AsgaError(f"{cfg.arch} cannot be exported: the graph has other bits than the policy")
     about = dict(format="asga-model", arch=cfg.arch, classes=job.classes, resolution=job.resolution)
-    about["policy"] = policy and policy.to_json()
+    about.update(augment=job.style, policy=policy and policy.to_json())
     model.metadata_props.add(key="asga", value=json.dumps(about))
     index = torch.linspace(0, len(job.train) - 1, min(1024, len(job.train))).long()
     images = [normalize(x, job.resolution) for x, _ in job.train.batches(index.split(64), "cpu")]
@@ -1846,12 +1875,14 @@ def parse(argv):
     add(fit + " eval", "on CUDA: record the steps in graphs", capture=True)
     add(fit, "resnet20, a torchvision classifier, or file.py:function (num_classes=)", arch="")
     add(fit, "full-precision weights: a file, or imagenet", weights="")
-    add(fit, "0: the images'; torchvision: 64, MACs at 224", resolution=0, cost_resolution=0)
+    add(fit, "0: the images', to 224; torchvision: 64, MACs at 224", resolution=0, cost_resolution=0)
     add(fit, "share of the training images", images=1.0)
-    add(fit, "auto: flip, digits crop", ["auto", "flip", "crop", "none"], augment="auto")
+    add(fit, "auto: flip; digits: crop; pictures larger than the resolution: imagenet (random resized crops)",
+        ["auto", "flip", "crop", "imagenet", "none"], augment="auto")
     add(fit, "of the training", batch_size=128, seed=0)
     add(fit, "folder for the results", out="")
     add("search transfer", "of a first training without fitting --weights", fp_epochs=20, fp_lr=0.1)
+    add("transfer train", "epochs between two looks at the accuracy; 0: none", eval_every=1)
     add("transfer train", "bf16: under autocast", ["float32", "bf16"], precision="float32")
     add("transfer", "of the tuning", epochs=5, lr=0.01, weight_decay=1e-4)
     add("train", "of the training", epochs=20, lr=0.1)

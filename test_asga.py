@@ -1330,7 +1330,7 @@ def test_sets_beyond_memory_stream_the_same_batches(tmp_path, monkeypatch):
     for limit in (asga.IN_MEMORY, 0):
         monkeypatch.setattr(asga, "IN_MEMORY", limit)
         classes, train, val = asga.load_data(str(tmp_path), "data")
-        assert classes == ["cat", "dog"] and train.size is None
+        assert classes == ["cat", "dog"] and train.size == 24
         train.size = val.size = 16
         draws = torch.get_rng_state()
         batches = list(itertools.islice(train.stream(1, 6, CPU, 16, 3, "flip"), 4))
@@ -1339,6 +1339,33 @@ def test_sets_beyond_memory_stream_the_same_batches(tmp_path, monkeypatch):
         results.append(batches + list(val.batches(torch.arange(16).split(5), CPU)))
     for (x, y), (x_streamed, y_streamed) in zip(*results, strict=True):
         assert torch.equal(x, x_streamed) and torch.equal(y, y_streamed)
+
+@needs_torchvision
+def test_larger_pictures_than_the_resolution_are_cropped_by_the_recipe_for_imagenet(tmp_path, monkeypatch):
+    from PIL import Image
+    make_folder(tmp_path, sizes=((80, 60), (60, 90)))
+    line = f"train --data {tmp_path} --batch-size 4 --no-compile --device cpu --resolution "
+    assert asga.Job(asga.parse((line + "60").split()), "").style == "flip"
+    assert asga.Job(asga.parse((line + "32 --augment flip").split()), "").style == "flip"
+    job = asga.Job(asga.parse((line + "32").split()), "")
+    assert job.style == "imagenet"
+    (images, _), = job.val.batches([torch.arange(2)], CPU)
+    for image, path, (wide, high) in zip(images, ("cat/0.png", "cat/1.png"), ((49, 37), (37, 55))):
+        resized = Image.open(tmp_path / "val" / path).resize((wide, high), Image.BILINEAR)  # 37 = 32/0.875
+        left, top = round((wide - 32) / 2), round((high - 32) / 2)
+        pixels = list(resized.crop((left, top, left + 32, top + 32)).tobytes())
+        expected = torch.tensor(pixels, dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
+        assert torch.equal(image, expected)
+    whole = list(itertools.islice(job.stream(0), 10))  # 4 steps are an epoch
+    assert not torch.is_tensor(job.train.images)  # they are decoded and drawn anew
+    for x, y in (whole[0], whole[9]):
+        assert x.shape == (4, 3, 32, 32) and len(y) == 4
+    again, = itertools.islice(job.stream(9), 1)
+    halves = [next(job.stream(9, part, 2)) for part in range(2)]
+    for i in range(2):
+        assert torch.equal(again[i], whole[9][i]) and torch.equal(torch.cat([h[i] for h in halves]), again[i])
+    found = torch.cat([x for x, _ in whole])
+    assert len(found.flatten(1).unique(dim=0)) == 40  # no draw twice
 
 # ----------------------------------------------------------------- runs: stopped at any step, and continued
 
@@ -1681,8 +1708,9 @@ FEW = " --data digits --classes 0-4 --batch-size 48 --fp-epochs 1 --no-compile -
 
 @distributed
 def test_two_processes_are_one_at_the_same_batch(two, capsys):
-    lines = {"asga": "search --steps 10", "joint": "search --steps 10 --method joint --weights asga/weights.pt",
-             "transfer": "transfer asga/policy.json --weights asga/weights.pt --epochs 1"}
+    weights = " --weights asga/weights.pt"
+    lines = {"asga": "search --steps 10", "joint": "search --steps 10 --method joint" + weights,
+             "transfer": "transfer asga/policy.json --epochs 1" + weights}
     for name, line in lines.items():
         assert asga.main((line + FEW + f"plain --out {name}").split()) == 0
         out, err = (done := torchrun(line + FEW + f"plain --out {name}2")).communicate(timeout=100)
@@ -1696,8 +1724,8 @@ def test_two_processes_are_one_at_the_same_batch(two, capsys):
         if name != "transfer":
             one, other = (Policy.load(f"{folder}/policy.json").layers for folder in (name, name + "2"))
             assert one == other
-        metrics = [asga.read_json(f"{folder}/metrics.json")["full_precision"] for folder in (name, name + "2")]
-        assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)  # 181 images, of which one has more
+        one, other = (asga.read_json(f"{folder}/metrics.json") for folder in (name, name + "2"))
+        assert one["full_precision"] == pytest.approx(other["full_precision"], rel=1e-5)  # of unequal slices
     done = torchrun(f"eval transfer/model.pt {FEW.split('--batch')[0]} --device cpu", 3)
     assert "%.2f %%" % asga.read_json("transfer/metrics.json")["tuned"]["accuracy"] in done.communicate()[0]
 
@@ -1831,13 +1859,14 @@ def test_a_run_that_diverges_leaves_no_result(here, capsys):
 
 SHARED = "--data --data-root --classes --device --compile --no-compile --capture --no-capture "
 NETWORK = SHARED + "--arch --weights --resolution --images --augment --batch-size --seed --out --precision "
+EPOCHS = " --epochs --lr --eval-every"
 FIRST = NETWORK + "--fp-epochs --fp-lr --cost-resolution "
 FLAGS_OF = {
     "search": FIRST + "--budget --method --steps --candidates-w --candidates-a --keep --rho-min --rho-max "
     "--alpha --adaptive --no-adaptive --project --no-project --direction --lr --lr-beta --momentum "
     "--weight-decay --random-weights",
-    "transfer": FIRST + "--epochs --lr --weight-decay",
-    "train": NETWORK + "--epochs --lr",
+    "transfer": FIRST + "--weight-decay" + EPOCHS,
+    "train": NETWORK + EPOCHS,
     "eval": SHARED,
     "export": "--data --data-root --classes --format --out",
 }
@@ -1901,6 +1930,22 @@ def test_weights_of_train_are_tuned_first_only_where_the_classes_are_others(here
     for classes in ("4-7", "0-4"):                                       # as many classes, and one more
         assert asga.main(line.replace("0-3", classes).replace("same", classes).split()) == 0
         assert Path(classes, "weights.pt").exists()
+
+def test_every_few_epochs_are_judged_and_the_best_network_is_kept(here, monkeypatch, capsys):
+    accuracies, saved, write = iter([50.0, 70.0, 60.0, 55.0]), [], asga.write_atomic
+    monkeypatch.setattr(asga.Job, "evaluate", lambda *job: {"accuracy": next(accuracies), "loss": 1.0})
+    def noted(path, what):
+        saved.append(Path(path).name)
+        write(path, what)
+
+    monkeypatch.setattr(asga, "write_atomic", noted)
+    assert asga.main(("train --arch net.py:net --epochs 6 --eval-every 2 --out f" + FLAGS).split()) == 0
+    judged = [json.loads(line) for line in Path("f/epochs.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["accuracy"]) for row in judged] == [(2, 50), (4, 70), (6, 60)]
+    assert [name for name in saved if name.endswith(".pt")] == ["best.pt", "best.pt", "model.pt"]
+    assert "epoch 4: accuracy 70.00 %" in capsys.readouterr().err
+    best, last = (torch.load(f"f/{name}.pt")["state"] for name in ("best", "model"))
+    assert best.keys() == last.keys() and not same(best, last)
 
 def test_uniform_bits_without_weights_train_nothing(here):
     line = "search --method uniform --arch net.py:net --budget 4bit --candidates-a 3,5 --keep 6 --out u"
