@@ -1535,8 +1535,9 @@ class Job:
     def __init__(self, cfg, result, network=True):
         cfg.arch = cfg.arch or "resnet20"
         self.cfg, self.result, (self.rank, self.processes) = cfg, result, rank_and_size()
-        auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
         name = auto if cfg.device == "auto" else cfg.device
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # torchrun's
         try:
             self.device = torch.zeros(1, device=name, dtype=torch.float64).device
         except (RuntimeError, AssertionError) as error:
@@ -1910,7 +1911,7 @@ def main(argv=None):
                 sys.stdout = open(os.devnull, "w")
         cfg.function(cfg)
         if rank_and_size()[1] > 1:
-            torch.distributed.barrier()
+            average([torch.zeros(1)])  # all are here
             torch.distributed.destroy_process_group()
         return 0
     except AsgaError as error:

@@ -89,9 +89,29 @@ MUTATIONS = {
     "step_sees or crops or killed_search or stopped_command": {
         "stream: each epoch in the same order": ("manual_seed(seed + epoch)", "manual_seed(seed)"),
         "stream: each step the same crops": ("manual_seed(seed + step)", "manual_seed(seed)"),
+        "stream: every process the whole batch": ("else batch)[mine]", "else batch)[:]"),
+        "stream: each epoch the same large crops": ("seed + epoch * count + number", "seed + number"),
         "stream: goes on with the epoch's start": ("indices(), start % count, None", "indices(), 0, None"),
         "resume: other draws": ('torch.set_rng_state(state["rng"])', "pass"),
         "resume: log not cut": ("splitlines(True)[:start]", "splitlines(True)"),
+    },
+    "an_export or batchnorm_goes or qonnx": {
+        "export: a negative γ turns nothing": ("weight * factor.sign()", "weight * 1"),
+        "export: integers that do not fit": ("torch.equal(turned, turned.clamp(*grid)) and ", ""),
+        "export: biases beyond int32": (" and fits(moved / (fine * s_x))", ""),
+        "export: BatchNorm with other readers": ("] == [F.batch_norm]", "][:1] == [F.batch_norm]"),
+        "export: a shared layer as one": ("nn.Conv2d) and not others and", "nn.Conv2d) and"),
+        "export: the network keeps its biases": ("bias.add_(layer.bias_operand * s * s_x - shift)", "pass"),
+        "export: signed inputs as unsigned": ("zero = 128 if n < 0 else 0  #", "zero = 0  #"),
+        "export: inputs with the weights' bits": ("steps[0], q_x.grid[1:, 0]", "steps[0], q.grid[1:, 0]"),
+        "export: one batch size": ('dynamic_axes=dict.fromkeys(names, {0: "batch"})', "dynamic_axes={}"),
+    },
+    "two_processes": {
+        "processes: LSQ's scale of a slice": ("grad.mul_(size ** -0.5)", "pass"),
+        "processes: gradients of one's own": (
+            "average([loss, *(p.grad for p in net.parameters() if p.grad is not None)])", "average([loss])"),
+        "processes: every one counts all": ("split(batch_size)[rank::size]", "split(batch_size)"),
+        "processes: they stop apart": ("average([stopping])  #", "pass  #"),
     },
 }
 
