@@ -137,8 +137,8 @@ def main(argv=None):
     parser.add_argument("method", choices=METHODS)
     args, flags = parser.parse_known_args(argv)
     kind, _, method = args.method.rpartition("-")
-    how = ["--augment", "auto", "--method", method] if kind else ["--augment", "none", "--method", "joint"]
-    job, settings, budget = planned(["--steps", "200", *how, *flags])
+    how = ["--method", method] if kind else ["--augment", "none", "--method", "joint"]
+    job, settings, budget = planned(["--steps", "200", *flags, *how])
     cfg = job.cfg
     job.start()
     if method != "random":
