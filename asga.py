@@ -1374,7 +1374,16 @@ class Operand(torch.autograd.Function):
         elif kind.dtype().is_floating_point:
             zero = 128 if n < 0 else 0  # uint8 everywhere: where types differ onnxruntime computes in float
             ends, zero = [constant(end + zero, torch.uint8) for end in grid], constant(zero, torch.uint8)
-            levels = graph.op("Clip", graph.op("QuantizeLinear", x, scale, zero), *ends)
+            bounds = [ends]
+            if n == 0 and x.node().kind() == "onnx::Clip":  # ReLU6, as a bound on the integers
+                x, _, high = x.node().inputs()
+                high = high.node().input() if high.node().kind() == "onnx::Cast" else high
+                most = round((high.node().t("value") / scale.node().t("value")).item())
+                if most < p:
+                    bounds.insert(0, [ends[0], constant(most, torch.uint8)])
+            levels = graph.op("QuantizeLinear", x, scale, zero)
+            for pair in bounds:
+                levels = graph.op("Clip", levels, *pair)
             out = graph.op("DequantizeLinear", levels, scale, zero)
         else:
             levels = graph.op("Clip", x, *(constant(end, torch.int8) for end in grid)) if grid else x
@@ -1388,6 +1397,7 @@ class Exporting(torch.overrides.TorchFunctionMode):
         super().__init__()
         self.qonnx, self.layer, self.operands, self.folded, self.spared = qonnx, None, {}, set(), []
         self.calls, self.readers = collections.defaultdict(list), collections.defaultdict(list)
+        self.inputs, self.pads = {}, []  # pads: what padding by hand gives
         for name, layer in quantized_layers(net).items():
             if (bits := max(layer.weight_quantizer.bits + layer.input_quantizer.bits)) > 8:
                 raise AsgaError(f"layer {name} has {bits} bits: no more than 8 can be exported")
@@ -1402,6 +1412,9 @@ class Exporting(torch.overrides.TorchFunctionMode):
         layer, kwargs, self.layer = self.layer, kwargs or {}, None
         if func is F.batch_norm and any(args[0] is out for out in self.spared):
             return args[0]
+        if func is F.pad and self.operands:  # on integers, so that no float stands between two products
+            padded = self.inputs.get(id(self.pads.pop(0)))
+            args = (Operand.apply(args[0], *padded, self.qonnx), *args[1:]) if padded else args
         for key, (x, *more) in self.operands.get(layer, {}).items():
             kwargs[key] = Operand.apply(kwargs[key] if x is None else x, *more, self.qonnx)
         out = func(*args, **kwargs)
@@ -1413,6 +1426,8 @@ class Exporting(torch.overrides.TorchFunctionMode):
                 self.readers[id(t)].append((func, args, kwargs))
             if layer:
                 self.calls[layer].append((kwargs, out))
+            if func is F.pad:
+                self.pads.append(out)
         return out
 
     def write(self, layer):
@@ -1436,7 +1451,8 @@ class Exporting(torch.overrides.TorchFunctionMode):
                 weight, s, shift, bias = turned.to(torch.int8), fine, moved, norm[-1]
                 self.folded.add(layer)
         layer.register_buffer("operand", weight)
-        self.operands[layer] = {"input": (None, q_x.steps[0], q_x.grid[1:, 0].tolist()),
+        self.inputs[id(given["input"])] = q_x.steps[0], q_x.grid[1:, 0].tolist()
+        self.operands[layer] = {"input": (None, *self.inputs[id(given["input"])]),
                                 "weight": (layer.operand, s.float().squeeze(), grid)}
         if shift is not None and fits(shift / (s * s_x)):
             layer.register_buffer("bias_operand", (shift / (s * s_x)).round().int())
@@ -1796,7 +1812,7 @@ def open_model(cfg):
     if not cfg.data:
         cfg.data, cfg.data_root, cfg.classes = state.get("data", ("", "", ""))
     cfg.arch, cfg.weights, cfg.images, cfg.seed = state["arch"], "", 1.0, 0
-    cfg.augment = state.get("augment", "auto") if cfg.data != "digits" else "auto"
+    cfg.augment = state.get("augment", "flip") if cfg.data != "digits" else "auto"
     cfg.resolution = cfg.cost_resolution = state["resolution"]
     job = Job(cfg, "", network=not exported)
     if job.classes != state["classes"]:

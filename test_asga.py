@@ -1523,7 +1523,9 @@ def products(model):
                 assert arrays[weight].dtype == "int8" and n == -(p + 1)
                 assert n <= arrays[weight].min() and arrays[weight].max() <= p
             else:
-                assert made[clip.input[0]].op_type == "QuantizeLinear"
+                first = made[clip.input[0]]  # a ReLU6 is a bound of its own
+                first = made[first.input[0]] if first.op_type == "Clip" else first
+                assert first.op_type == "QuantizeLinear"
         if len(pair) == 2:
             found[weight] = tuple(pair)
     return list(found.values())
