@@ -1139,7 +1139,7 @@ class ImageSet:
 
     def __getitems__(self, index):
         """(uint8 [B, 3, S, S], labels [B]), or the AsgaError of an image: a worker that raises would hang.
-        index: ints; or pairs with a seed, that draws a random crop, resized, and whether it is mirrored."""
+        index: ints; or pairs with a seed, that draws a resized crop and whether it is mirrored, normalized."""
         if torch.is_tensor(self.images):
             return self.images[index], self.labels[index]
         vision, images = import_torchvision().transforms, []
@@ -1147,13 +1147,15 @@ class ImageSet:
         random = vision.Compose([vision.RandomResizedCrop(self.size), vision.RandomHorizontalFlip()])
         drawn = isinstance(index[0], list)
         for i, *seed in index if drawn else zip(index):
-            torch.manual_seed(*seed or [0])
+            torch.default_generator.manual_seed(*seed or [0])
             try:
                 image = self.images[i][0]
             except AsgaError as error:
                 return error, None
-            images.append(vision.functional.pil_to_tensor(random(image) if drawn else middle(image)))
-        return torch.stack(images), self.labels[[i for i, _ in index] if drawn else index]
+            image = vision.functional.pil_to_tensor(random(image) if drawn else middle(image))[None]
+            images.append((normalize(image, self.size) if drawn else image)[0].permute(1, 2, 0))
+        images = torch.utils.data.default_collate(images).permute(0, 3, 1, 2)  # channels last, shared at once
+        return images, self.labels[[i for i, _ in index] if drawn else index]
 
     def subset(self, mask):
         """The images where the boolean mask [N] is true."""
@@ -1210,9 +1212,11 @@ def statistics(device):
     return torch.tensor(rows, device=device)[..., None, None]
 
 def normalize(images, resolution):
-    """uint8 [B, 3, S, S] to float32 [B, 3, R, R]."""
+    """uint8 [B, 3, S, S] to float32 [B, 3, R, R]; what is float32 already is only resized."""
     mean, std = statistics(images.device)
-    x = (images.float() / 255 - mean) / std
+    x = images
+    if images.dtype == torch.uint8:
+        x = images.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)
     if x.shape[-1] != resolution:
         x = F.interpolate(x, size=resolution, mode="bilinear", align_corners=False)
     return x.contiguous(memory_format=torch.channels_last)
