@@ -1139,7 +1139,7 @@ class ImageSet:
 
     def __getitems__(self, index):
         """(uint8 [B, 3, S, S], labels [B]), or the AsgaError of an image: a worker that raises would hang.
-        index: ints; or pairs with a seed, that draws a resized crop and whether it is mirrored, normalized."""
+        index: ints; or pairs with a seed, which draws crop and mirror image; those come normalized."""
         if torch.is_tensor(self.images):
             return self.images[index], self.labels[index]
         vision, images = import_torchvision().transforms, []
