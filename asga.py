@@ -1531,6 +1531,8 @@ class Runtime(nn.Module):
             from qonnx.core.modelwrapper import ModelWrapper
             from qonnx.transformation.qonnx_to_qcdq import QuantToQCDQ
             model = ModelWrapper(model).transform(QuantToQCDQ()).model
+            model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+            model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
         import onnxruntime
         options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
@@ -1858,6 +1860,9 @@ def cmd_export(cfg):
               f" outputs differ by {far.max():.1e} of the largest; {(far > 1e-3).sum()} have other roundings")
         if agree < 99:
             raise AsgaError(f"{cfg.out} is not written: onnxruntime gives other labels than PyTorch")
+    if cfg.format == "qonnx":  # whose tools want whole shapes
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+        model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
     write_atomic(cfg.out, model.SerializeToString())
     for name, network in (("model.pt", net), ("with integer biases", rounded)):
         print("accuracy  {accuracy:.2f} %, cross-entropy {loss:.4f}: ".format(**job.evaluate(network)) + name)
