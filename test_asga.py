@@ -1651,7 +1651,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_no_file(finished, here, 
     real = asga.Runtime.forward
     monkeypatch.setattr(asga.Runtime, "forward", lambda self, x: real(self, x).flip(1))
     capsys.readouterr()
-    assert asga.main(line.split()) == 2 and "other labels than PyTorch" in capsys.readouterr().err
+    assert asga.main(line.split()) == 2 and "see --agree" in capsys.readouterr().err
     monkeypatch.setattr(asga.Runtime, "forward", real)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "onnx", None)
@@ -1870,7 +1870,7 @@ FLAGS_OF = {
     "transfer": FIRST + "--weight-decay" + EPOCHS,
     "train": NETWORK + EPOCHS,
     "eval": SHARED,
-    "export": "--data --data-root --classes --format --out",
+    "export": "--data --data-root --classes --format --out --agree",
 }
 
 @pytest.mark.parametrize("name", FLAGS_OF)
@@ -2009,7 +2009,7 @@ def test_the_core_imports_without_torchvision_and_without_side_effects(tmp_path)
 @real_data
 @needs_torchvision
 def test_search_on_cifar10_and_transfer_to_tinyimagenet50(tmp_path):
-    data, flags = Path(DATA).resolve(), " --classes 0-4 --resolution 16 --batch-size 64"
+    data, flags = Path(DATA).resolve(), " --classes 0-4 --resolution 16 --batch-size 64 --augment flip"
     cli(f"search --data {data}/cifar10 --images 0.1 --fp-epochs 3 --steps 12 --out a" + flags, tmp_path)
     policy, metrics = asga.read_json(tmp_path / "a/policy.json"), asga.read_json(tmp_path / "a/metrics.json")
     assert policy["proxy"] == {"data": f"{data}/cifar10", "classes": 5, "images": 2500, "resolution": 16}
