@@ -1370,6 +1370,10 @@ class Operand(torch.autograd.Function):
         def constant(value, dtype):
             return graph.op("Constant", value_t=torch.tensor(value, dtype=dtype))
 
+        def number(value):
+            node = value.node().input().node() if value.node().kind() == "onnx::Cast" else value.node()
+            return node.t("value").item() if node.kind() == "onnx::Constant" else math.nan
+
         kind, (n, p) = x.type(), grid or (0, 0)
         if qonnx:
             bits = constant((p - n).bit_length(), torch.float32)
@@ -1378,13 +1382,11 @@ class Operand(torch.autograd.Function):
         elif kind.dtype().is_floating_point:
             zero = 128 if n < 0 else 0  # uint8 everywhere: where types differ onnxruntime computes in float
             ends, zero = [constant(end + zero, torch.uint8) for end in grid], constant(zero, torch.uint8)
-            bounds = [ends]
-            if n == 0 and x.node().kind() == "onnx::Clip":  # ReLU6, as a bound on the integers
-                x, _, high = x.node().inputs()
-                high = high.node().input() if high.node().kind() == "onnx::Cast" else high
-                most = round((high.node().t("value") / scale.node().t("value")).item())
+            before, bounds = [*x.node().inputs()] if x.node().kind() == "onnx::Clip" else [], [ends]
+            if n == 0 and [number(low) for low in before[1:2]] == [0]:  # ReLU6: a bound on the integers
+                x, most = before[0], number(before[2]) / number(scale) if before[2:] else math.inf
                 if most < p:
-                    bounds.insert(0, [ends[0], constant(most, torch.uint8)])
+                    bounds.insert(0, [ends[0], constant(round(most), torch.uint8)])
             levels = graph.op("QuantizeLinear", x, scale, zero)
             for pair in bounds:
                 levels = graph.op("Clip", levels, *pair)
@@ -1416,9 +1418,10 @@ class Exporting(torch.overrides.TorchFunctionMode):
         layer, kwargs, self.layer = self.layer, kwargs or {}, None
         if func is F.batch_norm and any(args[0] is out for out in self.spared):
             return args[0]
-        if func is F.pad and self.operands:  # on integers, so that no float stands between two products
-            padded = self.inputs.get(id(self.pads.pop(0)))
-            args = (Operand.apply(args[0], *padded, self.qonnx), *args[1:]) if padded else args
+        if func is F.pad and self.operands and not self.qonnx:  # no float is to stand between two products
+            out = self.pads.pop(0)
+            if id(out) in self.inputs and len(self.readers[id(out)]) == 1:
+                args = Operand.apply(args[0], *self.inputs[id(out)], False), *args[1:]
         for key, (x, *more) in self.operands.get(layer, {}).items():
             kwargs[key] = Operand.apply(kwargs[key] if x is None else x, *more, self.qonnx)
         out = func(*args, **kwargs)
@@ -1502,7 +1505,8 @@ def read_bits(model):
     arrays = {t.name: read(t) for t in model.graph.initializer}
     for node in model.graph.node:  # of each product the input comes before the weight
         values = [arrays.get(name) for name in node.input]
-        if node.op_type == "Quant" or node.op_type == "Clip" and values[1].dtype.itemsize == 1:
+        whole = node.op_type == "Clip" and values[1] is not None and values[1].dtype.itemsize == 1
+        if node.op_type == "Quant" or whole:
             n, p = (0, 2 ** int(values[3]) - 1) if node.op_type == "Quant" else map(int, values[1:])
             bits = (p - n).bit_length()
             if values[0] is None:

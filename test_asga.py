@@ -1563,7 +1563,24 @@ class Mixer(nn.Module):
         x = self.patches(x).flatten(2).transpose(1, 2)
         return self.head((x + F.gelu(self.mix(x))).mean(1))
 
-EXPORTED = {**NETWORKS, "preactivated": (PreActivated, (4, 3, 8, 8)), "mixer": (Mixer, (4, 3, 16, 16))}
+class Clipped(nn.Module):
+    """Activations with bounds of many kinds, and padding by hand for one convolution and for two."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(i, 4, 3, padding=1) for i in (3, 4, 4, 4))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = F.pad(3 * F.relu6(2 * self.a(x)).clamp(max=4), (0, 1, 0, 1))
+        x = F.pad(self.b(x).clamp(min=0.1), (1, 0, 1, 0)) + F.relu6(self.c(x))[..., :1, :1]
+        x = self.c(self.b(x).clamp(min=0))
+        x = F.pad(F.relu6(5 * self.d(x)), (1, 1, 1, 1))
+        x = self.d(x.clamp(0.2, 3)) + F.relu6(self.b(F.hardtanh(x, 0, 2))) + self.c(F.hardtanh(x, -1, 2))
+        return self.head(x.mean((2, 3)))
+
+EXPORTED = {**NETWORKS, "clipped": (Clipped, (4, 3, 8, 8)),
+            "preactivated": (PreActivated, (4, 3, 8, 8)), "mixer": (Mixer, (4, 3, 16, 16))}
 del EXPORTED["transformer"]  # which torch.onnx does not export
 if torchvision:
     for arch in ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0"):
