@@ -1918,7 +1918,7 @@ def parse(argv):
     add("train", "of the training", epochs=20, lr=0.1)
     add("export", "qcdq: for onnxruntime; qonnx: for FINN, hls4ml", ["qcdq", "qonnx"], format="qcdq")
     add("export", "the file to write", out="model.onnx")
-    add("export", "least share of labels as in PyTorch, % (few bits amplify roundings)", agree=99.0)
+    add("export", "least percentage of labels as in PyTorch (few bits amplify roundings)", agree=99.0)
     add("search", BUDGET_HELP + "; a comma joins two", budget="3bit")
     add("search", "search from random weights", random_weights=False)
     for field in dataclasses.fields(SearchSettings):

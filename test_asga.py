@@ -1728,8 +1728,9 @@ FEW = " --data digits --classes 0-4 --batch-size 48 --fp-epochs 1 --no-compile -
 @distributed
 def test_two_processes_are_one_at_the_same_batch(two, capsys):
     weights = " --weights asga/weights.pt"
-    lines = {"asga": "search --steps 10", "joint": "search --steps 10 --method joint" + weights,
-             "transfer": "transfer asga/policy.json --epochs 1" + weights}
+    search = "search --steps 10 --budget 6bit --candidates-w 5,6,8 --candidates-a 5,6,8 --lr 0.003"
+    lines = {"asga": search, "joint": search + " --method joint" + weights,  # few bits: one flips, and all after
+             "transfer": "transfer asga/policy.json --epochs 1 --lr 0.003" + weights}
     for name, line in lines.items():
         assert asga.main((line + FEW + f"plain --out {name}").split()) == 0
         out, err = (done := torchrun(line + FEW + f"plain --out {name}2")).communicate(timeout=100)
@@ -1762,9 +1763,9 @@ def test_two_processes_stop_together_go_on_as_one_and_end_together(two, capsys):
     capsys.readouterr()
     assert asga.main((line + " --epochs 301").split()) == 2 and "epochs 300" in capsys.readouterr().err
     left = json.loads(Path("t/config.json").read_text())
-    left["settings"]["epochs"] = 1 + step // 18
+    left["settings"]["epochs"] = 1 + step // 10
     Path("t/config.json").write_text(json.dumps(left))
-    assert asga.main((line + f" --epochs {1 + step // 18}").split()) == 0
+    assert asga.main((line + f" --epochs {1 + step // 10}").split()) == 0
     assert f"going on with train at step {step}" in capsys.readouterr().err
     began = time.monotonic()
     run = torchrun("train --epochs 3" + FEW.replace("--fp-epochs 1 ", "") + "failing --out f")
