@@ -1728,8 +1728,9 @@ FEW = " --data digits --classes 0-4 --batch-size 48 --fp-epochs 1 --no-compile -
 @distributed
 def test_two_processes_are_one_at_the_same_batch(two, capsys):
     weights = " --weights asga/weights.pt"
-    search = "search --steps 10 --budget 6bit --candidates-w 5,6,8 --candidates-a 5,6,8 --lr 0.003"
-    lines = {"asga": search, "joint": search + " --method joint" + weights,  # few bits: one flips, and all after
+    search = "search --steps 10 --budget 6bit --candidates-w 5,6,8 --candidates-a 5,6,8"
+    search += " --lr 0.003 --lr-beta 0.4"  # of few bits one flips, and all after it
+    lines = {"asga": search, "joint": search + " --method joint" + weights,
              "transfer": "transfer asga/policy.json --epochs 1 --lr 0.003" + weights}
     for name, line in lines.items():
         assert asga.main((line + FEW + f"plain --out {name}").split()) == 0
@@ -1758,6 +1759,7 @@ def test_two_processes_stop_together_go_on_as_one_and_end_together(two, capsys):
     time.sleep(2)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
+    assert "after step" in err, err
     step = int(re.search(r"after step (\d+) of", err)[1])
     assert torch.load("t/train.ckpt")["step"] == step == len(losses("t"))
     capsys.readouterr()
