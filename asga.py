@@ -1146,16 +1146,18 @@ class ImageSet:
         middle = vision.Compose([vision.Resize(round(self.size / self.share)), vision.CenterCrop(self.size)])
         random = vision.Compose([vision.RandomResizedCrop(self.size), vision.RandomHorizontalFlip()])
         drawn = isinstance(index[0], list)
-        for i, *seed in index if drawn else zip(index):
-            torch.default_generator.manual_seed(*seed or [0])
+        index, seeds = zip(*index) if drawn else (index, index)
+        for i, seed in zip(index, seeds):
             try:
                 image = self.images[i][0]
             except AsgaError as error:
                 return error, None
+            if drawn:
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow before CUDA is used
             image = vision.functional.pil_to_tensor(random(image) if drawn else middle(image))[None]
             images.append((normalize(image, self.size) if drawn else image)[0].permute(1, 2, 0))
         images = torch.utils.data.default_collate(images).permute(0, 3, 1, 2)  # channels last, shared at once
-        return images, self.labels[[i for i, _ in index] if drawn else index]
+        return images, self.labels[list(index)]
 
     def subset(self, mask):
         """The images where the boolean mask [N] is true."""
@@ -1450,12 +1452,12 @@ class Exporting(torch.overrides.TorchFunctionMode):
         alone = isinstance(layer, nn.Conv2d) and not others and [f for f, *_ in readers] == [F.batch_norm]
         norm = readers[0][2] if alone and not self.qonnx else {}
         if norm.get("bias") is not None and not norm["training"]:
-            norm = *readers[0][1][1:], norm["eps"], norm["weight"], norm["bias"]
-            ones = torch.ones(len(weight), 1, 1, 1, dtype=torch.float64)
-            factor, moved = nn.utils.fuse_conv_bn_weights(ones, bias, *norm)
+            (_, mean, var), ones = readers[0][1], torch.ones(len(weight), 1, 1, 1, dtype=torch.float64)
+            more = norm["eps"], norm["weight"], norm["bias"]
+            factor, moved = nn.utils.fuse_conv_bn_weights(ones, bias, mean, var, *more)
             turned, fine = weight * factor.sign(), s * factor.abs().flatten()
             if torch.equal(turned, turned.clamp(*grid)) and fits(moved / (fine * s_x)):
-                weight, s, shift, bias = turned.to(torch.int8), fine, moved, norm[-1]
+                weight, s, shift, bias = turned.to(torch.int8), fine, moved, norm["bias"]
                 self.folded.add(layer)
         layer.register_buffer("operand", weight)
         self.inputs[id(given["input"])] = q_x.steps[0], q_x.grid[1:, 0].tolist()
@@ -1690,9 +1692,8 @@ class Job:
                 records.append({"step": done, **record, "time": round(now - began, 3)})
                 latest.update(record)
                 stopping = torch.tensor(float(self.stopping))
-                average([stopping])  # on a CPU: a signal reaches processes at different steps
-                self.stopping = bool(stopping)
-                if self.stopping or done + 1 == total or now - saved > 60:
+                average([stopping])  # a signal reaches processes at different steps, or amid this line
+                if stopping or done + 1 == total or now - saved > 60:
                     lines += self.lines(records)
                     write_atomic(log, "".join(lines))  # first: no checkpoint is ahead of its log
                     state = {name: thing.state_dict() for name, thing in objects.items()}
@@ -1700,7 +1701,7 @@ class Job:
                     state.update(step=done + 1, seconds=time.monotonic() - began)
                     write_atomic(checkpoint, state)
                     records, saved = [], now
-                if self.stopping:
+                if stopping:
                     raise KeyboardInterrupt(f"stopped in {phase} after step {done + 1} of {total}, all saved")
         finally:
             on_signals(signal.default_int_handler)

@@ -1425,6 +1425,18 @@ def test_a_stopped_command_goes_on_bit_for_bit(at, phase, signum, finished, here
     assert f"going on with {phase}" in capsys.readouterr().err
     assert contents(here / out) == contents(finished / out)
 
+def test_a_signal_while_processes_agree_on_stopping_is_not_lost(here, monkeypatch, capsys):
+    calls, real = itertools.count(), asga.average
+    def average(tensors):
+        tensors = list(tensors)
+        if [t.dim() for t in tensors] == [0] and next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        real(tensors)
+
+    monkeypatch.setattr(asga, "average", average)
+    assert asga.main(SEARCH.split()) == 130
+    assert "after step 4 of" in capsys.readouterr().err  # the next one
+
 HURRIED = """
 import itertools, sys, time, asga
 quarters = itertools.count(0, 15)

@@ -86,13 +86,15 @@ MUTATIONS = {
         "recorded: always the first batch": ("torch._foreach_copy_(self.fixed, list(batch))", "pass"),
         "recorded: the row of the last step too": ("self.project).clone()", "self.project)"),
     },
-    "step_sees or crops or killed_search or stopped_command": {
+    "step_sees or crops or larger_pictures or killed_search or stopped_command or agree_on_stopping": {
         "stream: each epoch in the same order": ("manual_seed(seed + epoch)", "manual_seed(seed)"),
         "stream: each step the same crops": ("manual_seed(seed + step)", "manual_seed(seed)"),
         "stream: every process the whole batch": ("else batch)[mine]", "else batch)[:]"),
         "stream: each epoch the same large crops": ("seed + epoch * count + number", "seed + number"),
         "stream: goes on with the epoch's start": ("indices(), start % count, None", "indices(), 0, None"),
         "resume: other draws": ('torch.set_rng_state(state["rng"])', "pass"),
+        "stop: a late signal is forgotten": (
+            "average([stopping])  #", "average([stopping]); self.stopping = stopping  #"),
         "resume: log not cut": ("splitlines(True)[:start]", "splitlines(True)"),
     },
     "an_export or batchnorm_goes or qonnx": {
