@@ -1604,6 +1604,10 @@ def test_an_export_has_the_policys_integers_and_gives_the_networks_outputs(name)
     make, shape = EXPORTED[name]
     x = torch.randn(8, *shape[1:])
     model = made_up(make())
+    if name in ("preactivated", "shared"):  # what forbids to fold a BatchNorm is to be its readers alone
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.data.abs_()
     net, bits = mixed(model, x)
     before = snapshot(net)
     exported, rounded_net = asga.to_onnx(net, x[:2])
