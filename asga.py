@@ -1941,9 +1941,6 @@ def main(argv=None):
             if rank_and_size()[0]:
                 sys.stdout = open(os.devnull, "w")
         cfg.function(cfg)
-        if rank_and_size()[1] > 1:
-            average([torch.zeros(1)])  # all are here
-            torch.distributed.destroy_process_group()
         return 0
     except AsgaError as error:
         say(f"error: {error}")
@@ -1957,4 +1954,8 @@ def main(argv=None):
     return 2
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    if rank_and_size()[1] > 1:
+        os._exit(code)  # while Python ends, a thread of gloo that still holds a tensor would abort
+    sys.exit(code)
