@@ -1376,7 +1376,7 @@ class Operand(torch.autograd.Function):
             node = value.node().input().node() if value.node().kind() == "onnx::Cast" else value.node()
             return node.t("value").item() if node.kind() == "onnx::Constant" else math.nan
 
-        kind, (n, p) = x.type(), grid or (0, 0)
+        kind, (n, p), pads = x.type(), grid or (0, 0), []
         if qonnx:
             bits = constant((p - n).bit_length(), torch.float32)
             out = graph.op("qonnx.custom_op.general::Quant", x, scale, constant(0, torch.float32), bits,
@@ -1384,6 +1384,8 @@ class Operand(torch.autograd.Function):
         elif kind.dtype().is_floating_point:
             zero = 128 if n < 0 else 0  # uint8 everywhere: where types differ onnxruntime computes in float
             ends, zero = [constant(end + zero, torch.uint8) for end in grid], constant(zero, torch.uint8)
+            if x.node().kind() == "onnx::Pad" and [number(end) for end in [*x.node().inputs()][2:]] == [0]:
+                x, *pads = x.node().inputs()  # by hand: of integers, as no float is to stand between products
             before, bounds = [*x.node().inputs()] if x.node().kind() == "onnx::Clip" else [], [ends]
             if n == 0 and [number(low) for low in before[1:2]] == [0]:  # ReLU6: a bound on the integers
                 x, most = before[0], number(before[2]) / number(scale) if before[2:] else math.inf
@@ -1392,6 +1394,7 @@ class Operand(torch.autograd.Function):
             levels = graph.op("QuantizeLinear", x, scale, zero)
             for pair in bounds:
                 levels = graph.op("Clip", levels, *pair)
+            levels = graph.op("Pad", levels, pads[0], zero) if pads else levels
             out = graph.op("DequantizeLinear", levels, scale, zero)
         else:
             levels = graph.op("Clip", x, *(constant(end, torch.int8) for end in grid)) if grid else x
@@ -1405,7 +1408,6 @@ class Exporting(torch.overrides.TorchFunctionMode):
         super().__init__()
         self.qonnx, self.layer, self.operands, self.folded, self.spared = qonnx, None, {}, set(), []
         self.calls, self.readers = collections.defaultdict(list), collections.defaultdict(list)
-        self.inputs, self.pads = {}, []  # pads: what padding by hand gives
         for name, layer in quantized_layers(net).items():
             if (bits := max(layer.weight_quantizer.bits + layer.input_quantizer.bits)) > 8:
                 raise AsgaError(f"layer {name} has {bits} bits: no more than 8 can be exported")
@@ -1420,10 +1422,6 @@ class Exporting(torch.overrides.TorchFunctionMode):
         layer, kwargs, self.layer = self.layer, kwargs or {}, None
         if func is F.batch_norm and any(args[0] is out for out in self.spared):
             return args[0]
-        if func is F.pad and self.operands and not self.qonnx:  # no float is to stand between two products
-            out = self.pads.pop(0)
-            if id(out) in self.inputs and len(self.readers[id(out)]) == 1:
-                args = Operand.apply(args[0], *self.inputs[id(out)], False), *args[1:]
         for key, (x, *more) in self.operands.get(layer, {}).items():
             kwargs[key] = Operand.apply(kwargs[key] if x is None else x, *more, self.qonnx)
         out = func(*args, **kwargs)
@@ -1435,8 +1433,6 @@ class Exporting(torch.overrides.TorchFunctionMode):
                 self.readers[id(t)].append((func, args, kwargs))
             if layer:
                 self.calls[layer].append((kwargs, out))
-            if func is F.pad:
-                self.pads.append(out)
         return out
 
     def write(self, layer):
@@ -1460,8 +1456,7 @@ class Exporting(torch.overrides.TorchFunctionMode):
                 weight, s, shift, bias = turned.to(torch.int8), fine, moved, norm["bias"]
                 self.folded.add(layer)
         layer.register_buffer("operand", weight)
-        self.inputs[id(given["input"])] = q_x.steps[0], q_x.grid[1:, 0].tolist()
-        self.operands[layer] = {"input": (None, *self.inputs[id(given["input"])]),
+        self.operands[layer] = {"input": (None, q_x.steps[0], q_x.grid[1:, 0].tolist()),
                                 "weight": (layer.operand, s.float().squeeze(), grid)}
         if shift is not None and fits(shift / (s * s_x)):
             layer.register_buffer("bias_operand", (shift / (s * s_x)).round().int())
@@ -1638,22 +1633,21 @@ class Job:
         def step(x, y, done):
             cosine(optimizer, done, total, warmup)
             update(model, optimizer, guard, play, x, y, F.cross_entropy, self.cfg.precision)
-            loss = optimizer.last["loss"].clone()
+            record = {"loss": optimizer.last["loss"].clone()}
             if every and (done + 1) % every == 0:
-                self.judge(model, (done + 1) // epoch, policy)
-            return {"loss": loss}
+                record.update(self.judge(model, (done + 1) // epoch, policy))
+            return record
 
         return self.loop(phase, total, self.stream, step, {"model": model, "optimizer": optimizer})
 
     def judge(self, model, epoch, policy):
-        """The accuracy after an epoch, a line of epochs.jsonl; best.pt is the network of the best one."""
-        path, now = self.out / "epochs.jsonl", {"epoch": epoch, **self.evaluate(model)}
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        lines = [line for line in lines if line["epoch"] < epoch]  # a stopped run may have come further
-        if all(line["accuracy"] < now["accuracy"] for line in lines):
-            self.save("best.pt", model, policy)
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in [*lines, now]))
-        say(f"epoch {epoch}: accuracy {now['accuracy']:.2f} %, cross-entropy {now['loss']:.4f}")
+        """What the log says of an epoch; best.pt is the network after the best one."""
+        accuracy, loss = self.evaluate(model).values()
+        best = self.out / "best.pt"
+        if not best.exists() or read_checkpoint(best)["accuracy"] < accuracy:
+            self.save("best.pt", model, policy, accuracy=accuracy)
+        say(f"epoch {epoch}: accuracy {accuracy:.2f} %, cross-entropy {loss:.4f}")
+        return {"epoch": epoch, "accuracy": accuracy, "val_loss": loss}
 
     def full_precision(self):
         """Train the network where --weights does not fit; the seconds it took."""
