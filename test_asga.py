@@ -1276,6 +1276,9 @@ def test_what_a_step_sees_depends_on_seed_and_step_alone():
     assert [len(y) for _, y in read(7, batch=64, count=3)] == [22] * 3           # fewer images than a batch
     x, y = read(7, style="none")[0]
     assert torch.equal(x, asga.normalize(part.images[y], 16)) and not torch.equal(x, whole[0][0])
+    one = asga.ImageSet(part.images[:1].expand(22, -1, -1, -1), range(22), 16)
+    crops = {x.numpy().tobytes() for x, _ in itertools.islice(one.stream(0, 5, CPU, 16, 7, "crop"), 8)}
+    assert len(crops) == 8                                                       # anew in each step
 
 def test_evaluation_is_the_mean_over_all_images():
     model, right, loss = asga.ResNet20(10), 0, 0.0
