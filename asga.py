@@ -1376,16 +1376,9 @@ class Operand(torch.autograd.Function):
             node = value.node().input().node() if value.node().kind() == "onnx::Cast" else value.node()
             return node.t("value").item() if node.kind() == "onnx::Constant" else math.nan
 
-        kind, (n, p), pads = x.type(), grid or (0, 0), []
-        if qonnx:
-            bits = constant((p - n).bit_length(), torch.float32)
-            out = graph.op("qonnx.custom_op.general::Quant", x, scale, constant(0, torch.float32), bits,
-                           signed_i=int(n < 0), narrow_i=0, rounding_mode_s="ROUND")
-        elif kind.dtype().is_floating_point:
+        def quantized(x):
             zero = 128 if n < 0 else 0  # uint8 everywhere: where types differ onnxruntime computes in float
             ends, zero = [constant(end + zero, torch.uint8) for end in grid], constant(zero, torch.uint8)
-            if x.node().kind() == "onnx::Pad" and [number(end) for end in [*x.node().inputs()][2:]] == [0]:
-                x, *pads = x.node().inputs()  # by hand: of integers, as no float is to stand between products
             before, bounds = [*x.node().inputs()] if x.node().kind() == "onnx::Clip" else [], [ends]
             if n == 0 and [number(low) for low in before[1:2]] == [0]:  # ReLU6: a bound on the integers
                 x, most = before[0], number(before[2]) / number(scale) if before[2:] else math.inf
@@ -1394,8 +1387,18 @@ class Operand(torch.autograd.Function):
             levels = graph.op("QuantizeLinear", x, scale, zero)
             for pair in bounds:
                 levels = graph.op("Clip", levels, *pair)
-            levels = graph.op("Pad", levels, pads[0], zero) if pads else levels
-            out = graph.op("DequantizeLinear", levels, scale, zero)
+            return graph.op("DequantizeLinear", levels, scale, zero)
+
+        kind, (n, p) = x.type(), grid or (0, 0)
+        if qonnx:
+            bits = constant((p - n).bit_length(), torch.float32)
+            out = graph.op("qonnx.custom_op.general::Quant", x, scale, constant(0, torch.float32), bits,
+                           signed_i=int(n < 0), narrow_i=0, rounding_mode_s="ROUND")
+        elif kind.dtype().is_floating_point:
+            if x.node().kind() == "onnx::Pad":  # by hand; no float is to stand between two products
+                inner, *more = x.node().inputs()
+                x = graph.op("Pad", quantized(inner), *more, mode_s=x.node().s("mode"))
+            out = quantized(x)
         else:
             levels = graph.op("Clip", x, *(constant(end, torch.int8) for end in grid)) if grid else x
             out = graph.op("DequantizeLinear", levels, scale, axis_i=0)

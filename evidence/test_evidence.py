@@ -207,15 +207,15 @@ def test_pictures_of_runs_are_drawn(tmp_path, monkeypatch):
     assert [bar.get_height() for bar in upper.patches + lower.patches] == [2, 3, 50, 50]
     assert list(upper.lines[0].get_ydata()) == [4, 8]
 
-def test_deployed_files_are_timed_and_their_integer_convolutions_counted():
+def test_deployed_files_are_run_and_their_integer_convolutions_counted():
     deploy, ort = pytest.importorskip("deploy"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    x = torch.randn(2, 3, 8, 8)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
-    net.eval()
-    counts = []
-    for each in (net, asga.quantize(net, 4, x)):
-        session, *count = deploy.convolutions(ort.SessionOptions(), asga.to_onnx(each, x)[0])
-        counts.append(count)
-        assert session.run(None, {"images": x.numpy()})[0].shape == (2, 64)
-    assert counts == [[0, 2], [1, 2]]  # what the last one gives is not quantized
+    x, padded = torch.randn(2, 3, 8, 8), nn.Sequential(nn.ReLU6(), nn.ZeroPad2d((0, 1, 0, 1)))
+    for between in (nn.ReLU(), nn.ReLU6(), padded):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), between, nn.Conv2d(4, 4, 3)).eval()
+        quantized = asga.quantize(net, 4, x)
+        quantized[3].input_quantizer.steps.data.fill_(0.7)  # up to 10.5
+        for each, whole in ((net, 0), (quantized, 1)):  # what the last one gives is not quantized
+            session, *count = deploy.convolutions(ort.SessionOptions(), asga.to_onnx(each, x)[0])
+            assert count == [whole, 2]
+            assert session.run(None, {"images": x.numpy()})[0].shape[:2] == (2, 4)
