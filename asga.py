@@ -28,7 +28,6 @@ import re
 import signal
 import sys
 import time
-import types
 import warnings
 from pathlib import Path
 
@@ -82,17 +81,14 @@ def mix_backward(grad, x, row):
 
 class FakeQuantize(torch.autograd.Function):
     """Both as one differentiable function. Section "speed" compiles them; a whole network's compiler does."""
-    value, gradients = mix_forward, mix_backward
-
     @staticmethod
     def forward(ctx, x, row):
         ctx.save_for_backward(x, row)
-        return mix_forward(x, row) if torch.compiler.is_compiling() else FakeQuantize.value(x, row)
+        return fused_forward(x, row)
 
     @staticmethod
     def backward(ctx, grad):
-        plain = torch.compiler.is_compiling()
-        return (mix_backward if plain else FakeQuantize.gradients)(grad, *ctx.saved_tensors)
+        return fused_backward(grad, *ctx.saved_tensors)
 
 def mse_optimal_step(x, n, p):
     """The step s > 0 that minimizes Σ (Q(x) − x)² over the sample x [N] for the integer range [n, p]."""
@@ -215,14 +211,6 @@ def quantized_forward(layer, *args, **kwargs):
     with Operands(layer):
         return type(layer).forward(layer, *args, **kwargs)
 
-def attach(layer, weight_quantizer, input_quantizer):
-    """Give a layer its quantizers; weight, state-dict keys and forward stay."""
-    layer.operand_shape = layer.weight.shape
-    layer.weight_quantizer = weight_quantizer.to(layer.weight.device)
-    layer.input_quantizer = input_quantizer.to(layer.weight.device)
-    layer.forward = types.MethodType(quantized_forward, layer)
-    torch.backends.mha.set_fastpath_enabled(False)  # torch's fused transformer layers would bypass it
-
 def attach_quantizers(model, choices):
     """A copy of `model`, its layers in choices {name: (bits w, bits a)} quantized, not calibrated. Those that
     are quantized already must get one of their bitwidths, and keep the step learned for it."""
@@ -231,11 +219,15 @@ def attach_quantizers(model, choices):
     for name, (w, a) in choices.items():
         layer = found[name]
         if not hasattr(layer, "weight_quantizer"):
-            attach(layer, Quantizer(w, signed=True), Quantizer(a))
+            pair = Quantizer(w, signed=True), Quantizer(a)
         elif w in layer.weight_quantizer.bits and a in layer.input_quantizer.bits:
-            attach(layer, layer.weight_quantizer.select(w), layer.input_quantizer.select(a))
+            pair = layer.weight_quantizer.select(w), layer.input_quantizer.select(a)
         else:
             raise AsgaError(f"layer {name} is quantized already, not to {w}, {a} bit: take the original")
+        layer.operand_shape = layer.weight.shape
+        layer.weight_quantizer, layer.input_quantizer = (q.to(layer.weight.device) for q in pair)
+        layer.forward = functools.partial(quantized_forward, layer)  # weight and state-dict keys stay
+        torch.backends.mha.set_fastpath_enabled(False)  # torch's fused transformer layers would bypass it
     return model
 
 def layers_of(model):
@@ -328,9 +320,7 @@ def edge_bits(names, keep):
     kept = {names[0]: keep, names[-1]: keep} if isinstance(keep, int) else keep or {}
     if strange := kept.keys() - set(names):
         raise AsgaError(f"keep: the network has no layer {min(strange)!r}")
-    for bits in kept.values():
-        check_bits(bits, "keep: ")
-    return kept
+    return {name: check_bits(bits, "keep: ")[0] for name, bits in kept.items()}
 
 class Budget:
     """Bounds on the cost of a policy, and the projection that keeps a search on them.
@@ -470,8 +460,7 @@ class ASGA(torch.optim.Optimizer):
 
         if self.rho_max == self.alpha == 0:
             return play("step", self.one_pass, play("pass", gradients))
-        devices = {p.device for group in self.param_groups for p in group["params"] if p.is_cuda}
-        with torch.random.fork_rng(devices):  # so that the second pass draws the same dropout
+        with torch.random.fork_rng([self.rho.device] * self.rho.is_cuda):  # equal dropout in both passes
             loss = play("first pass", gradients)
         play("ascend", self.ascend, loss)
         try:
@@ -489,8 +478,8 @@ class ASGA(torch.optim.Optimizer):
         self.params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.g = [p.grad for p in self.params]
         self.norm = torch.nn.utils.get_total_norm(self.g)
-        self.theta = torch._foreach_mul(self.params, 1)  # copies, by few kernels
-        self.kept = [torch._foreach_mul(group, 1) for group in self.buffers.values()]
+        moving = self.params, *self.buffers.values()
+        self.kept = [torch._foreach_mul(group, 1) for group in moving]  # copies, by few kernels
         for p in self.params:
             p.grad = None  # g keeps its memory
         scale = torch.where(self.norm > 0, self.rho / self.norm, 0) - self.alpha
@@ -499,8 +488,7 @@ class ASGA(torch.optim.Optimizer):
     @torch.no_grad()
     def restore(self):
         """θ and the buffers as they were, bit for bit."""
-        torch._foreach_copy_(self.params, self.theta)
-        for group, before in zip(self.buffers.values(), self.kept):
+        for group, before in zip((self.params, *self.buffers.values()), self.kept):
             torch._foreach_copy_(group, before)
 
     @torch.no_grad()
@@ -650,16 +638,14 @@ class Search:
         self.budget, self.settings, self.loss_fn = budget, settings, loss_fn
         self.net = attach_quantizers(model, budget.choices).to(memory_format=torch.channels_last)
         calibrate(self.net, batches)
-        found = quantized_layers(self.net)
-        layers = [found[name] for name in budget.layers]
+        layers = [self.net.get_submodule(name) for name in budget.layers]
         images = layers[0].input_quantizer
         images.steps.requires_grad_(len(images.bits) > 1)  # else it takes their gradient (our choice)
         self.quantizers = [layer.weight_quantizer for layer in layers]
         self.quantizers += [layer.input_quantizer for layer in layers]  # 2L, in the order of bits()
         self.beta = [q.beta for q in self.quantizers if len(q.bits) > 1]
         groups = parameter_groups(self.net, settings.lr, settings.weight_decay, apart=self.beta)
-        if self.beta:
-            groups.append({"params": self.beta, "base_lr": settings.lr_beta, "weight_decay": 0.0})
+        groups.append({"params": self.beta, "base_lr": settings.lr_beta, "weight_decay": 0.0})
         names = "rho_min", "rho_max", "alpha", "adaptive", "project", "direction", "lr", "momentum"
         chosen = {name: getattr(settings, name) for name in names}
         buffers = [b for name, b in self.net.named_buffers() if "quantizer." not in name]  # those never move
@@ -715,19 +701,18 @@ def search(model, batches, loss_fn, budget, *, example_inputs=None, on_step=None
     on_step(step, record): called after each. capture: record steps on CUDA. settings: of SearchSettings."""
     settings, device = SearchSettings(**settings), next(model.parameters(), torch.empty(0)).device
     def move(inputs):
-        moved = tuple(t.to(device) for t in as_args(inputs))
-        return moved if len(moved) > 1 else moved[0]
+        return tuple(t.to(device) for t in as_args(inputs))
 
     warm = [move(x) for x, _ in itertools.islice(batches, 4)]
     if not warm or iter(batches) is batches:
         raise AsgaError("batches must give (inputs, targets) again and again: give a list or a loader")
     if example_inputs is None:
-        example_inputs = [t[:1] for t in as_args(warm[0])]
+        example_inputs = [t[:1] for t in warm[0]]
     budget = plan(model, move(example_inputs), budget, settings)
     began, run = time.monotonic(), Search(model, budget, settings, warm, loss_fn, capture)
     stream = itertools.chain.from_iterable(itertools.repeat(batches))
     for done, (x, y) in enumerate(itertools.islice(stream, settings.steps)):
-        record = run.step(move(x), move(y), done)
+        record = run.step(move(x), y.to(device), done)
         if on_step:
             on_step(done, record)
     seconds, chosen = round(time.monotonic() - began, 3), dataclasses.asdict(settings)
@@ -820,10 +805,8 @@ def write_atomic(path, content):
 
 def read_json(path):
     """The dict in a JSON file; AsgaError where there is none."""
-    try:
+    with refusing(f"{path} is no JSON of asga.py, give another"):
         return {**json.loads(Path(path).read_text())}
-    except (ValueError, TypeError) as error:
-        raise AsgaError(f"{path} is no JSON of asga.py ({one_line(error)}): give another") from None
 
 def write_json(path, data):
     """Readable JSON: an entry a line, two levels deep."""
@@ -873,21 +856,16 @@ class Policy:
         write_json(path, self.to_json())
 
     @staticmethod
-    def load(path):
-        """The Policy in a file; AsgaError says what is wrong with it."""
-        return Policy.from_json(read_json(path), path)
-
-    @staticmethod
-    def from_json(data, path):
-        try:
+    def load(path, data=None):
+        """The Policy in a file, or in `data` from there; AsgaError says what is wrong with it."""
+        data = data or read_json(path)
+        with refusing(f"{path} is no policy of a search"):
             layers = {name: (row["w"], row["a"]) for name, row in data["layers"].items()}
             sizes = {name: LayerCost(row["macs"], row["numel"]) for name, row in data["layers"].items()}
             policy = Policy(layers, sizes, data)
             for key, value in policy.to_json().items():
                 if data[key] != value:
                     raise ValueError(f"its {key} is {data[key]}, not {value}")
-        except Exception as error:  # whatever an edited file can raise
-            raise AsgaError(f"{path} is no policy of a search ({type(error).__name__}: {error})") from None
         return policy
 
 # ------------------------------
@@ -901,7 +879,7 @@ class Fused:
         self.formula, self.compiled, self.seen = formula, None, set()
 
     def __call__(self, *tensors):
-        if not Fused.on or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not Fused.on or torch.is_grad_enabled():
             return self.formula(*tensors)
         *images, row = tensors
         x = images[-1]
@@ -928,7 +906,7 @@ def bare(t, shape):
     """t's memory, but no view of t: for views dynamo would compile anew in every layer."""
     return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), shape)
 
-FakeQuantize.value, FakeQuantize.gradients = Fused(mix_forward), Fused(mix_backward)
+fused_forward, fused_backward = Fused(mix_forward), Fused(mix_backward)
 
 @contextlib.contextmanager
 def prepared(model):
@@ -1063,7 +1041,7 @@ def build(arch, num_classes):
     path, colon, function = arch.rpartition(":")
     if arch == "resnet20":
         return ResNet20(num_classes)
-    try:
+    with refusing(f"--arch {arch!r} gives no network, see --help for what it takes"):
         if not colon:
             return import_torchvision().models.get_model(arch, weights=None, num_classes=num_classes)
         sys.path.insert(0, str(Path(path).resolve().parent))  # it may import its neighbours
@@ -1071,20 +1049,6 @@ def build(arch, num_classes):
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return getattr(module, function)(num_classes=num_classes).train()
-    except Exception as error:
-        raise AsgaError(f"--arch {arch!r}: {one_line(error)}; see --help for what it takes") from error
-
-def check_network(model, arch, num_classes, resolution, device):
-    """An input [1, 3, R, R] that becomes [1, num_classes]; AsgaError where it does not."""
-    try:
-        x = torch.zeros(1, 3, resolution, resolution, device=device)
-        with evaluating(model):
-            out = tuple(first_output(model(x)).shape)
-    except Exception as error:  # no memory, or what the network raises
-        out = one_line(error)
-    if out != (1, num_classes):
-        raise AsgaError(f"{arch}, {resolution} px: no {num_classes} logits ({out}): try another --resolution")
-    return x
 
 def read_checkpoint(path, arch=""):
     """The dict in a .pt file, of which nothing is executed, or torchvision's of "imagenet"; or AsgaError."""
@@ -1092,7 +1056,7 @@ def read_checkpoint(path, arch=""):
         if path == "imagenet":
             return import_torchvision().models.get_model_weights(arch).DEFAULT.get_state_dict()
         return {**torch.load(path, map_location="cpu", weights_only=True)}
-    except Exception as error:
+    except Exception as error:  # whose first line tells to set weights_only=False
         raise AsgaError(f"{path} holds no state_dict of plain tensors ({type(error).__name__})") from None
 
 def load_weights(model, arch, source, classes):
@@ -1117,10 +1081,8 @@ IN_MEMORY = 4 * 2 ** 30  # bytes: a larger part of a data set is streamed
 
 def read_image(path):
     """An RGB image; AsgaError names a file that holds none."""
-    try:
+    with refusing(f"{path} is no readable image, mend or delete it"):
         return import_torchvision().datasets.folder.default_loader(path)
-    except Exception as error:
-        raise AsgaError(f"{path} is no readable image ({one_line(error)}): mend or delete it") from None
 
 def on_signals(handler, worker=None):
     """What Ctrl-C and SIGTERM do, in a process or in its data workers."""
@@ -1257,13 +1219,11 @@ def digits():
 def through_torchvision(name, root):
     """CIFAR-10, downloaded into `root`, or a folder, sized as its first image."""
     sets, parts = import_torchvision().datasets, ("train", "val")
-    try:
+    with refusing(f"--data {name!r} is not cifar10, digits or a folder of images"):
         if name == "cifar10":
             train, val = (sets.CIFAR10(root, part == "train", download=True) for part in parts)
         else:
             train, val = (sets.ImageFolder(Path(name) / part, loader=read_image) for part in parts)
-    except (OSError, RuntimeError) as error:
-        raise AsgaError(f"--data {name!r}: {one_line(error)}; give cifar10, digits or a folder") from None
     for odd in set(train.classes) ^ set(val.classes):
         raise AsgaError(f"--data {name}: class {odd!r} is in only one of train/ and val/")
     size = min(train[0][0].size)
@@ -1299,6 +1259,14 @@ def one_line(error):
     """The first line of an error's message, or its kind."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
+@contextlib.contextmanager
+def refusing(what):
+    """Whatever fails inside becomes an AsgaError that says `what` is wrong, and why."""
+    try:
+        yield
+    except Exception as error:
+        raise AsgaError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
+
 def human(value):
     """1234567 → '1.235M'."""
     unit = max((unit for unit in SCALES if SCALES[unit] <= value), key=SCALES.get, default="")
@@ -1306,15 +1274,13 @@ def human(value):
 
 def progress(things, what, total, first=0, latest=None):
     """Hand on `things`, numbers first … total − 1, with a line on the time left and the loss in `latest`."""
-    if rank_and_size()[0]:
-        yield from things
-        return
     start, live = time.monotonic(), sys.stderr.isatty()
     last = start
     for done, thing in enumerate(things, first + 1):
         yield thing
         now = time.monotonic()
-        if done == total and now - start > 1 or now - last > (0.2 if live else 15):
+        due = done == total and now - start > 1 or now - last > (0.2 if live else 15)
+        if due and not rank_and_size()[0]:
             left = round((now - start) / (done - first) * (total - done))
             loss = f"  loss {latest['loss']:.4f}" if latest else ""
             line = f"{what} {done}/{total}{loss}  ETA {left // 60}:{left % 60:02}"
@@ -1379,15 +1345,14 @@ class Operand(torch.autograd.Function):
         def quantized(x):
             zero = 128 if n < 0 else 0  # uint8 everywhere: where types differ onnxruntime computes in float
             ends, zero = [constant(end + zero, torch.uint8) for end in grid], constant(zero, torch.uint8)
-            before, bounds = [*x.node().inputs()] if x.node().kind() == "onnx::Clip" else [], [ends]
-            if n == 0 and [number(low) for low in before[1:2]] == [0]:  # ReLU6: a bound on the integers
-                x, most = before[0], number(before[2]) / number(scale) if before[2:] else math.inf
-                if most < p:
-                    bounds.insert(0, [ends[0], constant(round(most), torch.uint8)])
+            before, most = [*x.node().inputs()] if x.node().kind() == "onnx::Clip" else [], math.inf
+            low, high = [*map(number, before[1:]), math.inf, math.inf][:2]
+            if n == 0 == low and high >= 0:  # ReLU6, or clamp(min=0): a bound on the integers
+                x, most = before[0], high / number(scale)
             levels = graph.op("QuantizeLinear", x, scale, zero)
-            for pair in bounds:
-                levels = graph.op("Clip", levels, *pair)
-            return graph.op("DequantizeLinear", levels, scale, zero)
+            if most < p:
+                levels = graph.op("Clip", levels, ends[0], constant(round(most), torch.uint8))
+            return graph.op("DequantizeLinear", graph.op("Clip", levels, *ends), scale, zero)
 
         kind, (n, p) = x.type(), grid or (0, 0)
         if qonnx:
@@ -1409,7 +1374,7 @@ class Exporting(torch.overrides.TorchFunctionMode):
 
     def __init__(self, net, qonnx):
         super().__init__()
-        self.qonnx, self.layer, self.operands, self.folded, self.spared = qonnx, None, {}, set(), []
+        self.qonnx, self.layer, self.operands, self.spared = qonnx, None, {}, set()
         self.calls, self.readers = collections.defaultdict(list), collections.defaultdict(list)
         for name, layer in quantized_layers(net).items():
             if (bits := max(layer.weight_quantizer.bits + layer.input_quantizer.bits)) > 8:
@@ -1423,14 +1388,12 @@ class Exporting(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         layer, kwargs, self.layer = self.layer, kwargs or {}, None
-        if func is F.batch_norm and any(args[0] is out for out in self.spared):
+        if func is F.batch_norm and id(kwargs["bias"]) in self.spared:
             return args[0]
         for key, (x, *more) in self.operands.get(layer, {}).items():
             kwargs[key] = Operand.apply(kwargs[key] if x is None else x, *more, self.qonnx)
         out = func(*args, **kwargs)
-        if layer in self.folded:
-            self.spared.append(out)
-        elif not self.operands:
+        if not self.operands:
             leaves = torch.utils._pytree.tree_leaves
             for t in leaves((args, kwargs)) if any(map(torch.is_tensor, leaves(out))) else ():
                 self.readers[id(t)].append((func, args, kwargs))
@@ -1450,25 +1413,21 @@ class Exporting(torch.overrides.TorchFunctionMode):
             weight = (weight / q.steps).clamp(*grid).round().to(torch.int8)
         alone = isinstance(layer, nn.Conv2d) and not others and [f for f, *_ in readers] == [F.batch_norm]
         norm = readers[0][2] if alone and not self.qonnx else {}
-        if norm.get("bias") is not None and not norm["training"]:
+        if norm.get("bias") is not None and len(self.readers[id(norm["bias"])]) == 1 and not norm["training"]:
             (_, mean, var), ones = readers[0][1], torch.ones(len(weight), 1, 1, 1, dtype=torch.float64)
             more = norm["eps"], norm["weight"], norm["bias"]
             factor, moved = nn.utils.fuse_conv_bn_weights(ones, bias, mean, var, *more)
             turned, fine = weight * factor.sign(), s * factor.abs().flatten()
-            if torch.equal(turned, turned.clamp(*grid)) and fits(moved / (fine * s_x)):
+            if torch.equal(turned, turned.clamp(*grid)) and (moved / (fine * s_x)).abs().max() < 2 ** 31:
                 weight, s, shift, bias = turned.to(torch.int8), fine, moved, norm["bias"]
-                self.folded.add(layer)
+                self.spared.add(id(bias))
         layer.register_buffer("operand", weight)
         self.operands[layer] = {"input": (None, q_x.steps[0], q_x.grid[1:, 0].tolist()),
                                 "weight": (layer.operand, s.float().squeeze(), grid)}
-        if shift is not None and fits(shift / (s * s_x)):
+        if shift is not None and (shift / (s * s_x)).abs().max() < 2 ** 31:  # int32 holds it
             layer.register_buffer("bias_operand", (shift / (s * s_x)).round().int())
             self.operands[layer]["bias"] = layer.bias_operand, (s * s_x).float().squeeze(), None
             bias.add_(layer.bias_operand * s * s_x - shift)
-
-def fits(x):
-    """Whether int32 holds it."""
-    return bool((x.abs() < 2 ** 31).all())
 
 def to_onnx(net, example, form="qcdq"):
     """(onnx.ModelProto, the network that it computes: a copy of `net`, its biases rounded). net: quantized, 8
@@ -1481,14 +1440,9 @@ def to_onnx(net, example, form="qcdq"):
         net(example)
         for layer in list(passes.calls):
             passes.write(layer)
-        given = dict(dynamic_axes=dict.fromkeys(names, {0: "batch"}), input_names=names[:1],
-                     output_names=names[1:], opset_version=17, dynamo=False)
-        if passes.qonnx:
-            given["custom_opsets"] = {"qonnx.custom_op.general": 1}
-        try:
-            torch.onnx.export(net, (example,), buffer, **given)
-        except Exception as error:  # whatever it raises on an operation that it does not know
-            raise AsgaError(f"torch.onnx cannot export this network: {one_line(error)}") from error
+        with refusing("torch.onnx cannot export this network"):
+            torch.onnx.export(net, (example,), buffer, input_names=names[:1], output_names=names[1:],
+                              dynamic_axes=dict.fromkeys(names, {0: "batch"}), opset_version=17, dynamo=False)
     for q in quantizers_of(net):
         del q.forward
     model = onnx.load_from_string(buffer.getvalue())
@@ -1520,11 +1474,9 @@ def read_bits(model):
 def read_onnx(path):
     """(onnx.ModelProto, what export wrote into it)."""
     import onnx
-    try:
+    with refusing(f"{path} is no ONNX file of export"):
         model = onnx.load(path)
         return model, json.loads(model.metadata_props[0].value)
-    except Exception as error:
-        raise AsgaError(f"{path} is no ONNX file of export ({type(error).__name__})") from None
 
 class Runtime(nn.Module):
     """An onnx.ModelProto as a network on the CPU, in onnxruntime (a QONNX one by way of qonnx)."""
@@ -1537,12 +1489,11 @@ class Runtime(nn.Module):
             model = ModelWrapper(model).transform(QuantToQCDQ()).model
             model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
             model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
-        import onnxruntime
-        options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
+        import onnxruntime as ort
+        options, levels = ort.SessionOptions(), ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         options.intra_op_num_threads = torch.get_num_threads()
-        content, on = model.SerializeToString(), ["CPUExecutionProvider"]
-        self.session = onnxruntime.InferenceSession(content, options, on)
+        self.session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
 
     def forward(self, x):
         return torch.from_numpy(self.session.run(["logits"], {"images": x.contiguous().numpy()})[0])
@@ -1564,10 +1515,8 @@ class Job:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         name = auto if cfg.device == "auto" else cfg.device
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # torchrun's
-        try:
+        with refusing(f"--device {name} does not work, use cpu"):
             self.device = torch.zeros(1, device=name, dtype=torch.float64).device
-        except (RuntimeError, AssertionError) as error:
-            raise AsgaError(f"--device {name} does not work ({one_line(error)}): use cpu") from None
         if getattr(cfg, "batch_size", 0) % self.processes:
             raise AsgaError(f"--batch-size {cfg.batch_size} is that of all {self.processes}: give a multiple")
         if self.processes > 1 and self.device.type == "cuda" and cfg.capture:
@@ -1589,7 +1538,12 @@ class Job:
         torch.manual_seed(cfg.seed)
         self.model = build(cfg.arch, len(self.classes)).to(self.device, memory_format=torch.channels_last)
         for resolution in (self.resolution, cost_resolution):
-            self.example = check_network(self.model, cfg.arch, len(self.classes), resolution, self.device)
+            what = f"{cfg.arch}, {resolution} px: no {len(self.classes)} logits, try another --resolution"
+            with refusing(what), evaluating(self.model):
+                self.example = torch.zeros(1, 3, resolution, resolution, device=self.device)
+                shape = tuple(first_output(self.model(self.example)).shape)
+                if shape != (1, len(self.classes)):
+                    raise ValueError(f"but {shape}")
         self.untrained = not cfg.weights or load_weights(self.model, cfg.arch, cfg.weights, self.classes)
 
     def start(self):
@@ -1600,8 +1554,7 @@ class Job:
         settings = {k: v for k, v in vars(cfg).items() if k not in ("function", "out", "capture")}
         self.settings = json.loads(json.dumps(settings))
         self.out, config = Path(cfg.out), Path(cfg.out) / "config.json"
-        if not self.rank:
-            self.out.mkdir(parents=True, exist_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
         if (self.out / self.result).exists():  # the last thing that is written
             raise AsgaError(f"--out {cfg.out} holds a finished {self.result}: give another, or delete it")
         old = read_json(config)["settings"] if config.exists() else self.settings
@@ -1629,28 +1582,23 @@ class Job:
         """Train by SGD; the seconds it took."""
         epoch = max(1, len(self.train) // self.cfg.batch_size)
         total, every = epochs * epoch, 0 if phase == "weights" else epoch * self.cfg.eval_every
-        groups = parameter_groups(model, lr, weight_decay)
-        plain = dict(METHODS["joint"], momentum=0.9, nesterov=True, fused=self.device.type == "cuda")
-        optimizer = ASGA(groups, torch.optim.SGD, **plain)
+        optimizer = ASGA(parameter_groups(model, lr, weight_decay), torch.optim.SGD, **METHODS["joint"],
+                         momentum=0.9, nesterov=True, fused=self.device.type == "cuda")
         guard, play = step_guard(model), Captured(self.device, self.cfg.capture)
+        best = self.out / "best.pt"  # the network after the epoch of the highest accuracy
         def step(x, y, done):
             cosine(optimizer, done, total, warmup)
             update(model, optimizer, guard, play, x, y, F.cross_entropy, self.cfg.precision)
             record = {"loss": optimizer.last["loss"].clone()}
             if every and (done + 1) % every == 0:
-                record.update(self.judge(model, (done + 1) // epoch, policy))
+                accuracy, loss = self.evaluate(model).values()
+                if not best.exists() or read_checkpoint(best)["accuracy"] < accuracy:
+                    self.save("best.pt", model, policy, accuracy=accuracy)
+                record.update(epoch=(done + 1) // epoch, accuracy=accuracy, val_loss=loss)
+                say("epoch {epoch}: accuracy {accuracy:.2f} %, cross-entropy {val_loss:.4f}".format(**record))
             return record
 
-        return self.loop(phase, total, self.stream, step, {"model": model, "optimizer": optimizer})
-
-    def judge(self, model, epoch, policy):
-        """What the log says of an epoch; best.pt is the network after the best one."""
-        accuracy, loss = self.evaluate(model).values()
-        best = self.out / "best.pt"
-        if not best.exists() or read_checkpoint(best)["accuracy"] < accuracy:
-            self.save("best.pt", model, policy, accuracy=accuracy)
-        say(f"epoch {epoch}: accuracy {accuracy:.2f} %, cross-entropy {loss:.4f}")
-        return {"epoch": epoch, "accuracy": accuracy, "val_loss": loss}
+        return self.loop(phase, total, step, model, optimizer)
 
     def full_precision(self):
         """Train the network where --weights does not fit; the seconds it took."""
@@ -1670,18 +1618,26 @@ class Job:
         more.update(state=model.state_dict(), policy=policy and policy.to_json())
         write_atomic(self.out / name, more)
 
-    def loop(self, phase, total, stream, step, objects):
+    def loop(self, phase, total, step, net, optimizer):
         """step(x, y, done) for all batches; the seconds it took. Records are read at checkpoints alone."""
         checkpoint = self.out / f"{phase}.ckpt"
         log = self.out / ("weights.jsonl" if phase == "weights" else "log.jsonl")
-        start, before = self.restore(checkpoint, objects)
+        start, before = 0, 0.0
+        if checkpoint.exists():
+            state = read_checkpoint(checkpoint)
+            net.load_state_dict(state["net"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][:torch.cuda.device_count()])
+            start, before = state["step"], state["seconds"]
+            say(f"going on with {phase} at step {start}")
         if self.processes > 1 and start < total:
             torch.manual_seed(1_000_003 * self.cfg.seed + self.processes * start + self.rank)  # dropout's
-            average(next(iter(objects.values())).parameters())  # of the network, should a GPU have rounded
+            average(net.parameters())  # should a GPU have rounded
         lines = log.read_text().splitlines(True)[:start] if log.exists() else []
         records, latest, saved = [], {}, time.monotonic()
         began, self.stopping = saved - before, False
-        batches = progress(itertools.islice(stream(start), total - start), phase, total, start, latest)
+        batches = progress(itertools.islice(self.stream(start), total - start), phase, total, start, latest)
         on_signals(self.stop)
         try:
             for done, (x, y) in enumerate(batches, start):
@@ -1693,9 +1649,9 @@ class Job:
                 if stopping or done + 1 == total or now - saved > 60:
                     lines += self.lines(records)
                     write_atomic(log, "".join(lines))  # first: no checkpoint is ahead of its log
-                    state = {name: thing.state_dict() for name, thing in objects.items()}
+                    state = dict(net=net.state_dict(), optimizer=optimizer.state_dict(), step=done + 1)
                     state.update(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
-                    state.update(step=done + 1, seconds=time.monotonic() - began)
+                    state.update(seconds=time.monotonic() - began)
                     write_atomic(checkpoint, state)
                     records, saved = [], now
                 if stopping:
@@ -1720,17 +1676,6 @@ class Job:
             if not math.isfinite(record["loss"]):
                 raise AsgaError(f"loss {record['loss']}, step {record['step']}: lower --lr, in another --out")
         return [json.dumps(record) + "\n" for record in records]
-
-    def restore(self, checkpoint, objects):
-        if not checkpoint.exists():
-            return 0, 0.0
-        state = read_checkpoint(checkpoint)
-        for name, thing in objects.items():
-            thing.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"][:torch.cuda.device_count()])
-        say(f"going on with {checkpoint.stem} at step {state['step']}")
-        return state["step"], state["seconds"]
 
     def finish(self, metrics, policy=None):
         write_json(self.out / "metrics.json", metrics)
@@ -1759,8 +1704,7 @@ def cmd_search(cfg):
     torch.manual_seed(cfg.seed)
     began = time.monotonic()
     run = Search(job.model, budget, settings, job.inputs(4), capture=cfg.capture)
-    seconds, objects = time.monotonic() - began, {"net": run.net, "optimizer": run.optimizer}
-    seconds += job.loop("search", settings.steps, job.stream, run.step, objects)
+    seconds = time.monotonic() - began + job.loop("search", settings.steps, run.step, run.net, run.optimizer)
     about = dict(method=cfg.method, seed=cfg.seed, seconds=round(seconds, 3), device=describe(job.device),
                  settings=job.settings)
     proxy = dict(data=cfg.data, classes=len(job.classes), images=len(job.train), resolution=job.resolution)
@@ -1825,14 +1769,12 @@ def open_model(cfg):
     job = Job(cfg, "", network=not exported)
     if job.classes != state["classes"]:
         raise AsgaError(f"{cfg.model} is of other classes: give its --data and --classes")
-    policy = state["policy"] and Policy.from_json(state["policy"], cfg.model)
+    policy = state["policy"] and Policy.load(cfg.model, state["policy"])
     if exported:
         return job, Runtime(model), policy
-    try:
+    with refusing(f"{cfg.model} does not fit {cfg.arch}"):
         net = attach_quantizers(job.model, policy.layers if policy else {})
         net.load_state_dict(state["state"])
-    except (KeyError, RuntimeError) as error:
-        raise AsgaError(f"{cfg.model} does not fit {cfg.arch}: {one_line(error)}") from None
     return job, net, policy
 
 def cmd_eval(cfg):

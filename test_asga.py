@@ -989,8 +989,8 @@ def test_a_quantized_network_compiles_as_a_whole():
 def test_few_kernels_serve_all_layers(monkeypatch, precision):
     """Each kind of mixture and dtype has its kernel: with many, dynamo would give up, in silence."""
     torch._dynamo.reset()
-    monkeypatch.setattr(asga.FakeQuantize, "value", asga.Fused(asga.mix_forward))
-    monkeypatch.setattr(asga.FakeQuantize, "gradients", asga.Fused(asga.mix_backward))
+    monkeypatch.setattr(asga, "fused_forward", asga.Fused(asga.mix_forward))
+    monkeypatch.setattr(asga, "fused_backward", asga.Fused(asga.mix_backward))
     asga.Fused.on, limit = True, 4 if precision == "float32" else 6
     x = torch.randn(6, 3, 24, 24)
     with torch._dynamo.config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True):
@@ -1007,7 +1007,7 @@ def test_no_compiler_costs_one_line_and_no_result(monkeypatch, capsys):
     q, x = quantizer((2, 4), True, 0.3, torch.float32), torch.randn(50)
     expected = q(x)
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(asga.FakeQuantize, "value", asga.Fused(asga.mix_forward))
+    monkeypatch.setattr(asga, "fused_forward", asga.Fused(asga.mix_forward))
     asga.Fused.on = True
     assert torch.equal(q(x), expected) and not asga.Fused.on and torch.equal(q(x), expected)
     assert len(capsys.readouterr().err.splitlines()) == 1

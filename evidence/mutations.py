@@ -56,7 +56,8 @@ MUTATIONS = {
         "radius: no floor": (".clamp(rho_min, rho_max)", ".clamp(max=rho_max)"),
         "radius: −h": ("gap = perturbed_loss - self.loss", "gap = self.loss - perturbed_loss"),
         "one pass: though α is not 0": ("self.rho_max == self.alpha == 0", "self.rho_max == 0"),
-        "dropout: the second pass draws anew": ("with torch.random.fork_rng(devices):", "if True:"),
+        "dropout: the second pass draws anew": (
+            "with torch.random.fork_rng([self.rho.device] * self.rho.is_cuda):", "if True:"),
     },
     "from_its_state or each_method or rates_momentum or best_of_all or search_lowers or fast_paths": {
         "state: radius forgotten": ('self.rho.copy_(state["rho"])', "pass"),
@@ -100,7 +101,7 @@ MUTATIONS = {
     "an_export or batchnorm_goes or qonnx": {
         "export: a negative γ turns nothing": ("weight * factor.sign()", "weight * 1"),
         "export: integers that do not fit": ("torch.equal(turned, turned.clamp(*grid)) and ", ""),
-        "export: biases beyond int32": (" and fits(moved / (fine * s_x))", ""),
+        "export: biases beyond int32": (" and (moved / (fine * s_x)).abs().max() < 2 ** 31", ""),
         "export: BatchNorm with other readers": ("] == [F.batch_norm]", "][:1] == [F.batch_norm]"),
         "export: a shared layer as one": ("nn.Conv2d) and not others and", "nn.Conv2d) and"),
         "export: the network keeps its biases": ("bias.add_(layer.bias_operand * s * s_x - shift)", "pass"),

@@ -155,8 +155,7 @@ def main(argv=None):
         penalties = one_at_a_time(run, flow_of(run.net, batches[0][0][:32]))
     seconds = time.monotonic() - began
     if kind:
-        objects = {"net": run.net, "optimizer": run.optimizer}
-        seconds += job.loop("search", cfg.steps, job.stream, run.step, objects)
+        seconds += job.loop("search", cfg.steps, run.step, run.net, run.optimizer)
         penalties = run.penalties()
     policy = run.policy(arch=cfg.arch, proxy={"data": cfg.data, "images": len(job.train)}, search={
         "method": args.method, "seed": cfg.seed, "seconds": round(seconds, 3), "settings": job.settings,
