@@ -107,6 +107,7 @@ MUTATIONS = {
         "export: the network keeps its biases": ("bias.add_(layer.bias_operand * s * s_x - shift)", "pass"),
         "export: signed inputs as unsigned": ("zero = 128 if n < 0 else 0  #", "zero = 0  #"),
         "export: inputs with the weights' bits": ("steps[0], q_x.grid[1:, 0]", "steps[0], q.grid[1:, 0]"),
+        "export: a learned bound is lost": ("if n == 0 == low and high >= 0:", "if n == 0 == low:"),
         "export: one batch size": ('dynamic_axes=dict.fromkeys(names, {0: "batch"})', "dynamic_axes={}"),
     },
     "two_processes": {
