@@ -1595,7 +1595,12 @@ class Clipped(nn.Module):
         x = x + 9 * self.c(torch.clamp(99 * x, torch.zeros(()), self.bound))
         return self.head(x.mean((2, 3)))
 
-EXPORTED = {**NETWORKS, "clipped": (Clipped, (4, 3, 8, 8)),
+def one_norm():
+    """A BatchNorm behind two convolutions: it cannot be a part of both."""
+    norm = nn.BatchNorm2d(6)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Conv2d(6, 6, 3), norm)
+
+EXPORTED = {**NETWORKS, "one_norm": (one_norm, (4, 3, 8, 8)), "clipped": (Clipped, (4, 3, 8, 8)),
             "preactivated": (PreActivated, (4, 3, 8, 8)), "mixer": (Mixer, (4, 3, 16, 16))}
 del EXPORTED["transformer"]  # which torch.onnx does not export
 if torchvision:
@@ -1608,7 +1613,7 @@ def test_an_export_has_the_policys_integers_and_gives_the_networks_outputs(name)
     make, shape = EXPORTED[name]
     x = torch.randn(8, *shape[1:])
     model = made_up(make())
-    if name in ("preactivated", "shared"):  # what forbids to fold a BatchNorm is to be its readers alone
+    if name in ("preactivated", "shared", "one_norm"):  # what forbids to fold is the readers alone
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.weight.data.abs_()
@@ -1617,6 +1622,8 @@ def test_an_export_has_the_policys_integers_and_gives_the_networks_outputs(name)
     exported, rounded_net = asga.to_onnx(net, x[:2])
     assert same(snapshot(net), before)
     assert products(exported) == bits and list(asga.read_bits(exported).values()) == bits
+    if name == "one_norm":
+        assert [node.op_type for node in exported.graph.node].count("BatchNormalization") == 2
     for each in (x, x[:5]):  # other sizes of a batch than the traced one
         expected = rounded_net(each)
         for optimize in (False, True):

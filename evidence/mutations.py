@@ -104,6 +104,7 @@ MUTATIONS = {
         "export: biases beyond int32": (" and (moved / (fine * s_x)).abs().max() < 2 ** 31", ""),
         "export: BatchNorm with other readers": ("] == [F.batch_norm]", "][:1] == [F.batch_norm]"),
         "export: a shared layer as one": ("nn.Conv2d) and not others and", "nn.Conv2d) and"),
+        "export: a shared BatchNorm as one": (' and len(self.readers[id(norm["bias"])]) == 1', ""),
         "export: the network keeps its biases": ("bias.add_(layer.bias_operand * s * s_x - shift)", "pass"),
         "export: signed inputs as unsigned": ("zero = 128 if n < 0 else 0  #", "zero = 0  #"),
         "export: inputs with the weights' bits": ("steps[0], q_x.grid[1:, 0]", "steps[0], q.grid[1:, 0]"),
