@@ -1808,7 +1808,7 @@ def cmd_export(cfg):
         model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
         model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
     write_atomic(cfg.out, model.SerializeToString())
-    for name, network in (("model.pt", net), ("with integer biases", rounded)):
+    for name, network in (("model.pt", net), ("as exported", rounded)):
         print("accuracy  {accuracy:.2f} %, cross-entropy {loss:.4f}: ".format(**job.evaluate(network)) + name)
     print(f"file      {cfg.out}, {human(model.ByteSize())}B")
 
